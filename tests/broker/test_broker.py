@@ -159,7 +159,7 @@ async def test_a_request_whose_drafter_dies_goes_to_another(connect: Connect) ->
     assert await other.next() == generate()
 
 
-async def test_prefetch_bounds_what_one_drafter_takes(connect: Connect) -> None:
+async def test_prefetch_bounds_the_requests_of_a_drafter(connect: Connect) -> None:
     broker, sender = await connect("drafter"), await connect("sender")
     running = 0
 
@@ -176,7 +176,7 @@ async def test_prefetch_bounds_what_one_drafter_takes(connect: Connect) -> None:
     assert running == 3
 
 
-async def test_a_consumer_of_lower_priority_gets_what_others_lack_room_for(connect: Connect) -> None:
+async def test_a_consumer_of_lower_priority_gets_the_overflow(connect: Connect) -> None:
     drafter, stand_in, sender = await connect("drafter"), await connect("stand-in"), await connect("sender")
     names = sender.topology
     taken: list[str] = []

@@ -193,6 +193,6 @@ async def test_the_command_asks_and_its_status_answers(served: Served) -> None:
     assert "set a port" in text
 
 
-async def test_a_port_that_is_taken_is_told(served: Served) -> None:
+async def test_a_taken_port_is_reported(served: Served) -> None:
     with pytest.raises(SettingsError, match="choose another WISP_METRICS_HOST or WISP_METRICS_PORT"):
         health.serve(served.health, "127.0.0.1", served.port, asyncio.get_running_loop())

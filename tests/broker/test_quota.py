@@ -37,7 +37,7 @@ async def test_requests_are_granted_up_to_the_limit_whoever_asks(
         await store.close()
 
 
-async def test_a_refusal_says_when_to_come_again(counters: Quota) -> None:
+async def test_a_refusal_names_the_time_to_retry(counters: Quota) -> None:
     allowance = Allowance(requests_per_minute=60, tokens_per_minute=60_000)
     first = await counters.take("k", allowance, 60_000, ["a"])
     assert (first.refused, first.requests_left, first.tokens_left) == (None, 59, 0)
@@ -92,7 +92,7 @@ async def test_sessions_count_until_they_end_or_their_gateway_dies(
     assert (await counters.take("k", allowance, 9, ["e"])).refused is None
 
 
-async def test_who_goes_on_with_a_request_takes_no_other_one(counters: Quota) -> None:
+async def test_a_resumed_request_counts_as_no_other_request(counters: Quota) -> None:
     allowance = Allowance(requests_per_minute=1, tokens_per_minute=1000, max_sessions=2)
     assert (await counters.take("k", allowance, 1000, ["a", "b"])).refused is None
     again = await counters.join("k", allowance, ["a", "b"])

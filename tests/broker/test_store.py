@@ -56,7 +56,7 @@ async def test_a_round_on_the_committed_length_is_appended(store: Store) -> None
     assert (await whole(store)).tokens == [5, 6, 7, 8, 9]
 
 
-async def test_the_same_round_again_gets_what_was_committed_then(store: Store) -> None:
+async def test_a_repeated_round_returns_its_first_commit(store: Store) -> None:
     await store.create(request(), PROMPT)
     (first,) = await store.commit("v", [commit(0, 3, [8, 9], accepted=1)])
     (again,) = await store.commit("w", [commit(0, 3, [8], accepted=0)])
@@ -116,7 +116,7 @@ async def test_a_verifier_whose_tokens_are_not_committed_leaves_no_arithmetic(
     assert answer.committed_in == (await whole(store)).committed_in == ["wisp-1"]
 
 
-async def test_a_repeated_last_round_still_says_how_the_text_ended(store: Store) -> None:
+async def test_a_repeated_last_round_returns_the_finish_reason(store: Store) -> None:
     await store.create(request(), PROMPT)
     await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])
     (again,) = await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])
@@ -323,7 +323,7 @@ async def test_a_session_that_no_gateway_collects_is_cancelled_in_the_end(store:
     assert await store.ended([*names, "unknown"]) == ["alone", "left", "unknown"]
 
 
-async def test_what_nobody_works_on_is_reaped_when_nobody_collects_it(store: Store) -> None:
+async def test_sessions_without_a_gateway_are_reaped(store: Store) -> None:
     slo = Slo(ttft_ms=100.0, tpot_ms=10.0)
     await store.create(request("alone"), PROMPT, patience_ms=50)
     await store.create(request("collected", slo=slo), PROMPT, patience_ms=50)
@@ -363,7 +363,7 @@ async def test_only_the_gateway_that_collects_a_session_may_cancel_it(store: Sto
     assert not await store.collect("unknown", "h")
 
 
-async def test_what_a_gateway_keeps_is_read_by_another(store: Store) -> None:
+async def test_a_resume_record_is_read_by_another_gateway(store: Store) -> None:
     await store.create(request("s"), PROMPT, resume_record=b"how it is written")
     await store.create(request("plain"), PROMPT)
     assert [await store.resume_record(name) for name in ("s", "plain", "unknown")] == [b"how it is written", None, None]

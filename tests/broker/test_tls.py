@@ -83,7 +83,7 @@ async def test_a_server_with_a_certificate_for_another_name_is_not_trusted(
     await store.close()
 
 
-async def test_who_shows_no_certificate_is_not_let_in(servers: Secured, namespace: str) -> None:
+async def test_clients_without_a_certificate_are_refused(servers: Secured, namespace: str) -> None:
     stranger = Tls(servers.authority.file)
     with pytest.raises(NotReady):
         await check_rabbitmq(servers.amqps_url, stranger)

@@ -91,7 +91,7 @@ async def test_doctor_asks_no_suite_where_none_runs(amqp_url: str, monkeypatch: 
     assert await doctor._fleet(BrokerAddresses()) == []
 
 
-async def test_a_snapshot_of_what_passes_and_nothing_is_taken_from_the_services(
+async def test_a_snapshot_has_the_messages_and_takes_none_from_services(
     suite: Broker, amqp_url: str, namespace: str
 ) -> None:
     taken: list[Message] = []

@@ -112,7 +112,7 @@ def test_shared_prefixes_and_block_copies_carry_hidden_states(folder: Path) -> N
     assert torch.equal(engine.hidden("third", 0, 128), expected[:128]), "nobody used these blocks meanwhile"
 
 
-def test_an_engine_that_keeps_no_hidden_states_says_so(engine: Engine) -> None:
+def test_an_engine_without_hidden_states_refuses_to_return_them(engine: Engine) -> None:
     assert not engine.keeps_hidden
     with pytest.raises(EngineError, match="keep_hidden=True"):
         engine.hidden("s", 0, 1)
@@ -184,7 +184,7 @@ def test_a_pass_that_fails_changes_nothing(engine: Engine, monkeypatch: pytest.M
     assert torch.equal(engine.forward([Step("a", tokens(100)[90:])]).logits, expected)
 
 
-def test_too_long_says_what_the_limit_is(folder: Path) -> None:
+def test_a_session_that_is_too_long_names_the_limit(folder: Path) -> None:
     engine = Engine(folder, dtype="float32", budget_tokens=4096)
     engine.attach("s", [])
     with pytest.raises(TooLong, match="the model's context is 1024"):

@@ -36,7 +36,7 @@ def computed(folder: Path, dtype: str = "bfloat16") -> Engine:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_what_is_taken_over_gives_the_same_bits(folder: Path, dtype: str) -> None:
+def test_adopted_blocks_give_the_same_bits(folder: Path, dtype: str) -> None:
     giver, taker = computed(folder, dtype), engine(folder, dtype=dtype)
     names = block_names(TOKENS[:-1])
     assert len(names) == 3

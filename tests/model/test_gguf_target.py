@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_from_a_file_is_left_alone(tmp_path: Path) -> None:
         prepare(tmp_path / "smollm2-135m-instruct.gguf", tmp_path / "models")
 
 
-def test_what_cannot_be_converted_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_part_that_cannot_be_converted(tmp_path: Path) -> None:
     models = tmp_path / "models"
     gemma = tiny_gguf.write(tmp_path / "gemma.gguf", architecture="gemma")
     with pytest.raises(ModelError, match="holds a gemma model"):

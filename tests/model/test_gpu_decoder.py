@@ -151,7 +151,7 @@ def test_long_sessions_have_the_same_bits_in_parallel_and_in_order(name: str, fa
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
-def test_what_a_block_held_before_changes_nothing(family: Family) -> None:
+def test_earlier_content_of_a_block_changes_nothing(family: Family) -> None:
     decoder = gpu_decoder(family("llama"), "bfloat16")
     text = random_text(9)
     expected = logits_of(decoder, text, [0], [9])

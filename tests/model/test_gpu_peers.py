@@ -93,7 +93,7 @@ def test_a_dead_process_of_a_gpu_is_named(gpu_processes: GpuProcesses) -> None:
     followers.close()
 
 
-def test_the_reason_of_a_failure_is_told(gpu_processes: GpuProcesses) -> None:
+def test_the_reason_of_a_failure_is_reported(gpu_processes: GpuProcesses) -> None:
     followers = gpu_processes.all
     followers.memories()
     followers.tell("fail")

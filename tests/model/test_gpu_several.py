@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_split_is_refused(family: Family, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "olmo2", "phi3-partial", "llama-biases"])
-def test_the_reckoned_memory_is_what_a_decoder_takes(name: str, family: Family) -> None:
+def test_the_computed_memory_is_that_of_a_decoder(name: str, family: Family) -> None:
     """Weights and KV to the byte; buffers are an upper bound."""
     from shared.engine.weights import opened
 

@@ -301,7 +301,7 @@ def test_a_folder_that_does_not_load_is_not_prepared(
 
 
 @pytest.mark.usefixtures("trials_here")
-def test_the_command_line_says_how_a_folder_runs(originals: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_reports_how_a_folder_runs(originals: dict[str, Path], tmp_path: Path) -> None:
     outputs = {}
     for name, config in (("llama", {}), ("gpt-neox", {}), ("mixtral", {"model_type": "brand_new"})):
         folder = served(originals[name], tmp_path / name, **config)

@@ -23,7 +23,7 @@ def test_the_page_has_every_model_type_once() -> None:
 
 
 @pytest.mark.parametrize("model_type", OUTCOMES)
-def test_a_type_does_what_the_page_says(model_type: str) -> None:
+def test_a_type_has_the_outcome_on_the_page(model_type: str) -> None:
     row = tried(model_type)
     assert row.outcome == OUTCOMES[model_type], row.reason
     line = next(line for line in PAGE.read_text().splitlines() if f"`{model_type}`" in line)

@@ -252,7 +252,7 @@ def traced(trace: Trace, tmp_path: Path) -> TwinFolder:
 
 
 @pytest.mark.parametrize("names", [("hidden",), ("hidden", "lookup")])
-def test_a_twin_drafts_what_its_trace_has(traced: TwinFolder, names: tuple[str, ...]) -> None:
+def test_a_twin_drafts_the_tokens_of_its_trace(traced: TwinFolder, names: tuple[str, ...]) -> None:
     source = load_drafting(DraftSettings(target=traced.path)).sources["combined"]
     trace, text = traced.trace, traced.text()
     assert trace is not None

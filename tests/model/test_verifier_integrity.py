@@ -96,7 +96,7 @@ async def test_a_cache_with_wrong_accounting_is_dropped(engine: Engine, sessions
     assert (again, computed) == (first, len(PROMPT)), "the whole prompt is computed again"
 
 
-async def test_a_cache_with_right_accounting_is_kept(engine: Engine, sessions: SessionTable) -> None:
+async def test_a_cache_with_right_accounting_stays(engine: Engine, sessions: SessionTable) -> None:
     before = errors()
     decode(engine, "a", PROMPT)
     sessions.update_cached(["a"])

@@ -27,7 +27,7 @@ def of(kind: str, service: str) -> dict[str, str]:
     return dict(found[0])
 
 
-def test_hashes_are_rabbitmqs_and_passwords_are_not_told() -> None:
+def test_hashes_are_rabbitmqs_and_passwords_are_not_shown() -> None:
     made = definitions(NAMES, PASSWORDS)
     assert "secret of" not in json.dumps(made)
     for user in made["users"]:
@@ -37,7 +37,7 @@ def test_hashes_are_rabbitmqs_and_passwords_are_not_told() -> None:
 
 
 @pytest.mark.parametrize("service", ROLES)
-def test_every_service_may_do_what_its_role_says(service: str) -> None:
+def test_every_service_has_the_permissions_of_its_role(service: str) -> None:
     may, keys = of("permissions", service), of("topic_permissions", service)
     own = NAMES.own_queue(service, "host-1.a", ())
     for right in ("configure", "write", "read"):
@@ -65,7 +65,7 @@ def test_every_shared_queue_is_there_as_the_services_declare_it() -> None:
     assert bound == {(queue.name, key) for queue in expected for key in queue.bindings}
 
 
-def test_the_journal_is_written_by_those_who_copy_and_read_by_nobody() -> None:
+def test_roles_that_copy_write_the_journal_and_no_role_reads_it() -> None:
     record = NAMES.journal_queue(JournalLimits(10**9, 3600))
     made = definitions(NAMES, PASSWORDS, journal=JournalLimits(10**9, 3600))
     assert {"name": record.name, "arguments": record.arguments} in [
@@ -79,7 +79,7 @@ def test_the_journal_is_written_by_those_who_copy_and_read_by_nobody() -> None:
     assert not [user for user, entry in may.items() if re.search(entry["read"], NAMES.journal)]
 
 
-def test_a_service_cannot_listen_to_what_its_role_does_not_say() -> None:
+def test_a_service_cannot_consume_beyond_its_role() -> None:
     with pytest.raises(ValueError, match=r"role of gateway in shared\.broker\.topology does not listen to verify"):
         NAMES.own_queue("gateway", "g", (topology.LOAD, topology.VERIFY))
 

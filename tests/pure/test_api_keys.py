@@ -128,7 +128,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, monkeypatch: pytest.Mo
     assert "no key has the id or name 'ann'" in wisp("keys", "revoke", "ann")
 
 
-def test_who_could_read_the_file_hears_of_a_revoked_key(tmp_path: Path) -> None:
+def test_a_changed_key_file_keeps_its_owner_and_mode(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     wisp("keys", "new", "ann", "--file", file)
     file.chmod(0o644)

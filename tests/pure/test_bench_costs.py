@@ -87,7 +87,7 @@ def test_all_streams_of_a_crossover_have_the_same_length() -> None:
     assert {(one.max_tokens, one.ignore_eos) for one in (asked.request(i, 7) for i in range(20))} == {(40, True)}
 
 
-def test_what_the_idle_suite_needs_is_no_cost_of_tokens() -> None:
+def test_usage_of_an_idle_suite_is_no_cost_of_tokens() -> None:
     idle = SuiteUsage(2.0, published=10, received=20, redis_calls=4, cpu_s={"verifier": 0.1, "redis": 0.02})
     busy = SuiteUsage(10.0, published=150, received=400, redis_calls=70, cpu_s={"verifier": 8.5, "redis": 0.05})
     cost = token_cost(RUNS, 200, idle, busy)

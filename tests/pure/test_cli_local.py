@@ -307,7 +307,7 @@ async def test_doctor_reports_a_pool_without_drafters(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("error", [BrokersError("away"), SettingsError("there is no suite")])
-async def test_doctor_says_nothing_of_a_suite_that_it_cannot_observe(
+async def test_doctor_reports_no_suite_that_it_cannot_observe(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     async def observed(*_: object) -> NoReturn:
@@ -376,7 +376,7 @@ def test_running_apis_are_those_whose_owner_lives(state: Path) -> None:
     assert running_apis() == []
 
 
-def test_up_notes_its_api_and_says_nothing_more_when_interrupted(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_up_records_its_api_and_ends_quietly_when_interrupted(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[RunningApi] = []
 
     class ReadyStack:

@@ -92,7 +92,7 @@ def test_the_first_round_does_not_set_the_scale_and_is_cut() -> None:
     assert len(bars(lines)[1]) == BAR
 
 
-def test_tokens_are_told_apart_and_rejected_drafts_counted() -> None:
+def test_tokens_are_marked_by_origin_and_rejections_counted() -> None:
     assert plain([made()])[1].endswith("‹ sky› is  1 rejected")
     assert plain([made(accepted=2)])[1].endswith("‹ sky› is")
     (_, line) = picture([made()], painter(force_terminal=True, color_system="standard", no_color=False).style)

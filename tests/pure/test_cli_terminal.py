@@ -235,7 +235,7 @@ def test_logs_in_a_terminal_are_short_and_coloured(colour: bool) -> None:
     assert re.fullmatch(r"\d\d:\d\d:\d\d \[info *\] ready +instance=kitchen service=device session=s-1", plain), plain
 
 
-def test_json_says_the_same_to_a_program_without_control_characters() -> None:
+def test_json_has_the_same_content_without_control_characters() -> None:
     console = SafeConsole(file=io.StringIO(), force_terminal=False)
     print_fields(console, {"name": HOSTILE, "more": "caf\u00e9 \x7f \x85 \udc80"})
     written = console.file.getvalue()  # type: ignore[attr-defined]
@@ -298,7 +298,7 @@ def test_a_missing_broker_is_one_line_of_error_at_once(words: list[str]) -> None
     assert line.startswith(f"error: RabbitMQ cannot be used at amqp://127.0.0.1:{port}/")
 
 
-async def test_a_suite_that_does_not_run_is_said_before_its_broker() -> None:
+async def test_a_missing_suite_is_reported_before_its_broker() -> None:
     (port,) = free_ports(1)
     absent = SuiteAddress(f"amqp://127.0.0.1:{port}/", "wisp", absent="no suite runs on this machine")
     with pytest.raises(

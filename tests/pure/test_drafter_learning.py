@@ -166,7 +166,7 @@ def test_weights_that_cannot_be_used_do_not_end_learning() -> None:
     assert learning.state == LearningState(version=1, acceptance=0.5, shipped_acceptance=0.4)
 
 
-def test_nothing_is_kept_for_a_learning_process_that_has_ended() -> None:
+def test_nothing_is_recorded_for_an_ended_learning_process() -> None:
     learning = DraftLearning(SETUP, lambda weights: None)
     assert learning.recorder(builders.generate()) is not None
     learning._receive(ScriptedConnection([]))  # type: ignore[arg-type]

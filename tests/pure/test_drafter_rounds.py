@@ -297,7 +297,7 @@ def test_runs_of_a_session_that_has_drafted_grow() -> None:
 
 
 @pytest.mark.parametrize(("names", "copies"), [(("lookup",), 8), ((), 0)])
-async def test_rounds_say_how_much_a_run_may_copy(names: tuple[str, ...], copies: int) -> None:
+async def test_rounds_limit_the_copies_of_a_run(names: tuple[str, ...], copies: int) -> None:
     async with serving(NoDrafts(), with_runs(Controller("marginal", 8)), names, [1, 2, 3]) as verifier:
         assert (await verifier.begin_run(5)).run_copies == copies
 

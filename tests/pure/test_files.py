@@ -93,7 +93,7 @@ def test_a_loop_of_links_is_an_os_error(tmp_path: Path) -> None:
         pass
 
 
-def test_what_killed_processes_left_is_removed_in_the_end(tmp_path: Path) -> None:
+def test_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     file = tmp_path / "file[1]"
     abandoned, others = tmp_path / ".file[1].0badcafe.new", tmp_path / ".file[1].c0ffee00.new"
     for draft in (abandoned, others):

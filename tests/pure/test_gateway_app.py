@@ -411,7 +411,7 @@ async def test_pages_of_other_origins_may_not(folder: ModelFolder) -> None:
     assert "access-control-allow-origin" not in asked.headers
 
 
-async def test_what_can_be_read_has_a_head(app: App) -> None:
+async def test_readable_paths_answer_head_requests(app: App) -> None:
     for path in ("/health", "/ready", "/v1/models", f"/v1/models/{MODEL}", "/metrics"):
         assert (await app.http.head(path)).status_code == 200
     app.upstream.problems = {"verifier": "none"}
@@ -822,7 +822,7 @@ def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("silent", [False, True])
-async def test_an_answer_of_mixed_arithmetic_says_so(folder: ModelFolder, silent: bool) -> None:
+async def test_an_answer_of_mixed_arithmetic_reports_it(folder: ModelFolder, silent: bool) -> None:
     app = App(folder, idle_check_s=0.1)
     app.silent = silent
     app.script = Script(arithmetics=("wisp-1", "other"))
@@ -1231,7 +1231,7 @@ async def test_the_gateways_limits_on_prompt_and_output_hold(folder: ModelFolder
 
 
 @pytest.mark.parametrize(("setting", "sampling"), [("auto", (0.6, 0.9, 20)), ("ignore", (1.0, 1.0, 0))])
-async def test_requests_take_the_models_sampling_unless_told_otherwise(
+async def test_requests_default_to_the_models_sampling(
     tmp_path: Path, setting: str, sampling: tuple[float, float, int]
 ) -> None:
     folder = tiny_target(tmp_path / MODEL)
@@ -1437,7 +1437,7 @@ async def test_metrics_of_speculation_come_where_asked_for(app: App) -> None:
         assert [chunk["metrics"]["speculative_decoding"] for chunk in chunks if "metrics" in chunk] == [metrics]
 
 
-async def test_usage_counts_what_was_predicted(app: App) -> None:
+async def test_usage_counts_predicted_tokens(app: App) -> None:
     app.script = Script("Hello there")
     prediction = {"type": "content", "content": "Hello where"}
     usage = (await app.chat(prediction=prediction)).json()["usage"]

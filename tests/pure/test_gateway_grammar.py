@@ -180,7 +180,7 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], param: str) 
         assert param in caught.value.message
 
 
-async def test_what_does_not_go_together_is_refused(app: App) -> None:
+async def test_conflicting_options_are_refused(app: App) -> None:
     choice = {"guided_choice": ["yes"]}
     assert error_of(await app.chat(**choice, ignore_eos=True), 400)["param"] == "ignore_eos"
     named = {"type": "function", "function": {"name": "get_weather"}}

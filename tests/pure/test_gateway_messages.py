@@ -293,7 +293,7 @@ async def test_a_call_with_a_number_beyond_floats_has_the_largest_one(hermes: Ap
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_call_that_was_cut_off_has_what_there_is(app: App, stream: bool) -> None:  # noqa: F811
+async def test_a_call_that_was_cut_off_has_its_beginning(app: App, stream: bool) -> None:  # noqa: F811
     app.script = Script('{"name": "get_weather", "arguments": {"city": "Bonn", "days": 3}}', round_len=3)
     body = ASKED | {"max_tokens": 55}
     if stream:

@@ -330,7 +330,7 @@ async def test_too_many_viewers_are_refused(folder: ModelFolder, monkeypatch: py
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_viewers")
 
 
-async def test_a_feed_without_its_broker_says_why_and_recovers(
+async def test_a_feed_without_its_broker_gives_the_reason_and_recovers(
     folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "RETRY_S", 0.01)
@@ -352,7 +352,7 @@ async def test_the_feed_ends_when_the_gateway_shuts_down(app: PacedApp) -> None:
         assert [event async for event in events] == []
 
 
-async def test_a_server_without_a_fleet_says_so(folder: ModelFolder) -> None:
+async def test_a_server_without_a_fleet_reports_it(folder: ModelFolder) -> None:
     app = App(folder)
     answer = await app.http.get("/fleet/events")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_fleet")

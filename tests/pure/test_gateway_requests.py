@@ -257,7 +257,7 @@ def test_the_first_unsupported_option_of_the_body_is_named(order: list[dict[str,
         (ChatRequest, {"n_predict": 5}, "`max_tokens`"),
     ],
 )
-def test_a_refusal_says_what_to_send(kind: Any, options: dict[str, Any], advice: str) -> None:
+def test_a_refusal_names_the_expected_input(kind: Any, options: dict[str, Any], advice: str) -> None:
     fields = CHAT if kind is ChatRequest else COMPLETION
     assert advice in refusal(kind, json.dumps(fields | options).encode()).message
 

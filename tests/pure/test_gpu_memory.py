@@ -48,7 +48,7 @@ def test_two_gpus_have_half_of_the_layers_and_of_the_kv() -> None:
     assert 2 * half.block == whole.block
 
 
-def test_kv_gets_what_the_share_leaves() -> None:
+def test_kv_gets_the_rest_of_the_share() -> None:
     assert blocks_that_fit(SMALL, A100, 0.9, None, "it") == (36 - 11) * 64
     assert blocks_that_fit(SMALL, A100, 0.5, None, "it") == (20 - 11) * 64
     assert blocks_that_fit(SMALL, DeviceMemory(15 * GIB, 40 * GIB), 0.9, None, "it") == (15 - 11) * 64

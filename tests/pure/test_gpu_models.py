@@ -38,7 +38,7 @@ def test_weights_are_normal_and_the_same_at_each_read() -> None:
 
 
 @pytest.mark.slow
-def test_without_a_gpu_it_says_so_and_measures_nothing() -> None:
+def test_without_a_gpu_an_error_explains_that_nothing_is_measured() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "services.tools.bench.gpu"],

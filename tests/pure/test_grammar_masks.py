@@ -368,7 +368,7 @@ def test_a_draft_has_masks_until_it_leaves_the_grammar(grammars: Grammars) -> No
         (lambda: build.check(build.any_syntax("???")), "neither Lark nor GBNF.*line 1"),
     ],
 )
-def test_a_grammar_that_cannot_be_built_says_where(made: Any, problem: str) -> None:
+def test_an_error_names_the_bad_place_of_a_grammar(made: Any, problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         made()
 
@@ -378,7 +378,7 @@ def test_a_grammar_that_needs_too_much_work_is_refused_at_its_check(grammars: Gr
         grammars.check(build.regex("(a{999}){1000}"))
 
 
-def test_what_cannot_be_enforced_may_be_left_out(grammars: Grammars) -> None:
+def test_keywords_that_cannot_be_enforced_may_be_left_out(grammars: Grammars) -> None:
     schema = {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "unheard-of"}}
     grammars.check(build.json_schema(schema, strict=False))
 
@@ -416,9 +416,7 @@ def test_forced_text_has_no_space_of_its_own_in_sentence_piece_models(tmp_path: 
         assert b"".join(map(tokenizer.token_bytes, tokens)) in (b"b the a", b"b the b")
 
 
-def test_a_chain_is_the_draft_as_far_as_it_is_allowed_and_what_is_forced(
-    grammars: Grammars, tokenizer: Tokenizer
-) -> None:
+def test_a_chain_has_the_allowed_draft_and_the_forced_tokens(grammars: Grammars, tokenizer: Tokenizer) -> None:
     session = grammars.session("chain", grammar("schema"))
     head = list(session.after([]).forced)
     chain = session.chain([], [], 99, 99)

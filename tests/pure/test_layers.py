@@ -73,7 +73,7 @@ importlib.import_module("services.{service}.service")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_only_what_people_read_comes_from_a_wall_clock() -> None:
+def test_only_times_for_people_come_from_a_wall_clock() -> None:
     """Clocks of hosts differ and jump. Times that matter are durations, or Redis's clock; ages of files are rough."""
     readers = {name for name in modules() if not name.startswith("services.tools.") and reads_wall_clock(name)}
     assert readers == {

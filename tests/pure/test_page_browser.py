@@ -182,7 +182,7 @@ async def test_stop_and_escape_end_an_answer_and_clear_forgets_it(page: BrowserP
         await page.wait("!document.querySelector('#send').hidden")
 
 
-async def test_a_conversation_goes_on_with_what_was_said(page: BrowserPage, app: PacedApp) -> None:
+async def test_a_conversation_goes_on_with_its_earlier_turns(page: BrowserPage, app: PacedApp) -> None:
     async with served(app) as url:
         await page.open(f"{url}/")
         await page.wait("document.querySelector('#model').innerText === 'tiny'")
@@ -313,7 +313,7 @@ async def test_the_page_asks_for_the_key_and_stores_it_nowhere(
 
 
 @pytest.mark.parametrize("together", [False, True])
-async def test_a_comparison_says_that_the_texts_are_the_same(page: BrowserPage, app: PacedApp, together: bool) -> None:
+async def test_a_comparison_reports_equal_texts(page: BrowserPage, app: PacedApp, together: bool) -> None:
     async with served(app) as url:
         await page.open(f"{url}/#compare")
         await page.wait("document.querySelector('#model').innerText === 'tiny'")

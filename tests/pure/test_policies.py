@@ -340,7 +340,7 @@ def test_sled_takes_the_first_rounds_whole_at_any_cost() -> None:
     assert made.predicted_ms > LIMITS.max_batch_ms
 
 
-def test_wisp_leaves_out_what_would_make_an_urgent_round_late() -> None:
+def test_wisp_leaves_out_rounds_that_would_delay_an_urgent_one() -> None:
     urgent = pending("urgent", due=NOW + 100)
     long = pending("long", base=100, due=NOW + 3000)
     state = verifier({"urgent": 19})

@@ -61,7 +61,7 @@ def test_predicted_tokens_are_counted() -> None:
 
 
 @given(TOKENS, TOKENS, st.integers(0, 9))
-def test_any_output_has_a_place_or_none(prediction: list[int], output: list[int], length: int) -> None:
+def test_any_output_is_followed_or_given_up(prediction: list[int], output: list[int], length: int) -> None:
     made = follower(prediction, output)
     copied = made.continuation(length)
     assert len(copied) <= length

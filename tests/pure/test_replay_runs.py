@@ -108,7 +108,7 @@ def test_the_recorded_figures_count_the_tokens_of_runs() -> None:
     assert (figures.tokens, figures.rounds) == (5, 2)
 
 
-def test_recorded_drafts_keep_what_they_left_to_the_verifier() -> None:
+def test_recorded_drafts_keep_the_tokens_left_to_the_verifier() -> None:
     (request,) = recorded_traffic(recorded.recording(sent())).requests
     assert [(draft.base_len, draft.run_tokens) for draft in request.drafts] == [(3, 3), (7, 0)]
     assert request.drafts[1].away_ms == pytest.approx(6.0), "from the run's last report to the scheduler"

@@ -62,7 +62,7 @@ def test_a_device_cannot_claim_to_be_late(gate: DeviceGate) -> None:
     assert gate.check(without_slo, None, 0.0).slack_ms is None
 
 
-def test_hidden_states_are_limited_to_what_a_device_needs(gate: DeviceGate) -> None:
+def test_hidden_states_are_limited_to_the_needs_of_a_device(gate: DeviceGate) -> None:
     greedy = round_(base_len=8000, hidden_from=0)
     answered = [gate.check(greedy, None, 0.0).hidden_from for _ in range(5)]
     assert answered.count(0) == HIDDEN_ROWS // 8003

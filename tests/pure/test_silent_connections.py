@@ -72,7 +72,7 @@ async def test_a_silent_server_is_given_up() -> None:
     assert after_s >= LONGEST_S
 
 
-async def test_a_server_that_says_something_now_and_then_is_not() -> None:
+async def test_a_server_that_sends_now_and_then_keeps_its_connection() -> None:
     async with connected(something) as reader:
         assert await ended_after_s(reader, 2 * LONGEST_S) is None
 

@@ -88,7 +88,7 @@ def test_weights_that_leave_no_room_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("mean", [0.5, 0.75, 0.9])
-def test_draft_tokens_are_right_as_often_as_the_scenario_says(mean: float) -> None:
+def test_draft_tokens_are_right_with_the_scenarios_acceptance(mean: float) -> None:
     acceptance = Acceptance(mean=mean)
     tokens = [DraftProcess(acceptance, seed).token(position, 0) for seed in range(60) for position in range(60)]
     assert fmean(token.right for token in tokens) == pytest.approx(mean, abs=0.03)

@@ -51,12 +51,12 @@ PACKAGES = [name for name in modules() if is_package(name) and house(name)]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_says_what_it_is(package: str) -> None:
+def test_a_package_has_a_docstring(package: str) -> None:
     assert ast.get_docstring(tree(package))
 
 
 @pytest.mark.parametrize("home", sorted({owner(name) for name in modules()}))
-def test_modules_take_only_what_other_packages_offer(home: str) -> None:
+def test_modules_import_only_public_names_of_other_packages(home: str) -> None:
     not_offered = {
         (importer, f"{package}.{name}")
         for importer in modules()
@@ -68,7 +68,7 @@ def test_modules_take_only_what_other_packages_offer(home: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_offers_only_what_others_take(package: str) -> None:
+def test_a_package_exports_only_names_that_others_import(package: str) -> None:
     assert public(package) - used()[package] == set()
 
 

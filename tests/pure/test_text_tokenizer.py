@@ -109,7 +109,7 @@ def test_only_the_template_makes_control_tokens(tokenizer: Tokenizer) -> None:
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(content=st.lists(st.sampled_from([*SPECIAL, "<|im_", "end|>", "\ue000", "\ue001", " a", "\n"]), max_size=8))
-def test_what_a_user_writes_comes_through_as_text(tokenizer: Tokenizer, content: list[str]) -> None:
+def test_user_content_is_rendered_as_text(tokenizer: Tokenizer, content: list[str]) -> None:
     text = "".join(content)
     ids = tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=False)
     assert tokenizer.decode(ids) == f"user\n{text}\n"
@@ -168,7 +168,7 @@ def test_messages_without_text_are_refused(tokenizer: Tokenizer, messages: list[
         ("{% for i in range(10**9) %}{% endfor %}", "[Rr]ange"),
     ],
 )
-def test_a_template_that_refuses_says_so(folder: Path, template: str, problem: str) -> None:
+def test_the_refusal_of_a_template_is_reported(folder: Path, template: str, problem: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ChatTemplateError, match=problem):
         Tokenizer(ModelFolder(folder)).render_chat([{"role": "user", "content": "hi"}])

@@ -106,7 +106,7 @@ CASES: list[tuple[ToolFormat, str, str, Calls]] = [
 
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
-def test_calls_and_content_are_told_apart(form: ToolFormat, text: str, content: str, calls: Calls) -> None:
+def test_calls_and_content_are_separated(form: ToolFormat, text: str, content: str, calls: Calls) -> None:
     assert read(form, [text]) == (content, calls)
     assert read(form, list(text)) == (content, calls)
 

@@ -309,7 +309,7 @@ VERIFY = {
 }
 
 
-def test_what_others_write_cannot_take_over_the_terminal() -> None:
+def test_foreign_text_cannot_control_the_terminal() -> None:
     watch = watched((0, heartbeat()), (0, batch("b", [job(reason="\x1b[2J[bold]boo")])))
     shown = text(watch.snapshot(100), width=200)
     assert "\x1b" not in shown
@@ -323,7 +323,7 @@ def test_a_snapshot_is_json() -> None:
     assert plain["batches"][0]["jobs"][0]["reason"] == "due in 40 ms"
 
 
-def test_short_names_keep_what_tells_texts_of_a_request_apart() -> None:
+def test_short_names_of_a_requests_texts_stay_different() -> None:
     assert short("chatcmpl-0123456789abcdef.3") == "01234567.3"
     assert short("plain") == "plain"
 

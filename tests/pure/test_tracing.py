@@ -59,7 +59,7 @@ def test_opentelemetrys_own_variables_switch_traces_on(environment: dict[str, st
         ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "http/protobuf only"),
     ],
 )
-def test_what_cannot_work_is_refused(environment: dict[str, str], problem: str) -> None:
+def test_unusable_settings_are_refused(environment: dict[str, str], problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
         exporter_of(environment)
 
@@ -105,7 +105,7 @@ service.run("estimator", settings.ProcessSettings, serve)
 
 
 @pytest.mark.slow
-def test_a_service_without_the_packages_says_what_to_install() -> None:
+def test_a_service_without_packages_names_the_extra_to_install() -> None:
     done = python(WITHOUT_SDK, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:4318")
     assert (done.returncode, done.stdout) == (2, "")
     assert "install wisp[otel], or set OTEL_TRACES_EXPORTER=none" in done.stderr

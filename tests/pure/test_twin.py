@@ -124,7 +124,7 @@ def drafting_of(twin: TwinFolder, **settings: object) -> Drafting:
 
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.9])
-def test_draft_tokens_are_right_as_often_as_the_twin_says(tmp_path: Path, acceptance: float) -> None:
+def test_draft_tokens_are_right_with_the_twins_acceptance(tmp_path: Path, acceptance: float) -> None:
     twin = make_twin(tmp_path, acceptance=acceptance)
     source = drafting_of(twin).sources["hidden"]
     source._engine._step_ms = 0.0  # type: ignore[attr-defined]

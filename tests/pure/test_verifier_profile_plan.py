@@ -99,7 +99,7 @@ def test_no_machine_takes_more_than_five_seconds(coefficients: tuple[float, ...]
 
 
 @pytest.mark.parametrize(("coefficients", "within"), [(FAST, 0.02), (SLOW, 0.05), (GPU, 0.1), (VERY_SLOW, 0.5)])
-def test_what_is_measured_predicts_other_batches(coefficients: tuple[float, ...], within: float) -> None:
+def test_measured_batches_predict_others(coefficients: tuple[float, ...], within: float) -> None:
     assert typical_error(fitted(ProfiledMachine(coefficients).profile()), coefficients) < within
 
 

@@ -172,7 +172,7 @@ async def test_no_step_computes_with_a_cache_that_is_wrong(
     assert await step == {}
 
 
-async def test_errors_of_the_thread_reach_those_who_wait(thread: EngineThread) -> None:
+async def test_errors_of_the_thread_reach_its_waiters(thread: EngineThread) -> None:
     def fail() -> None:
         raise ValueError("no")
 

@@ -111,7 +111,7 @@ def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path, name: str) -> None:
         ("README.md", r"lacks model\.safetensors.*download the model again in full"),
     ],
 )
-def test_a_folder_with_other_weights_is_told_what_to_do(tmp_path: Path, present: str, advice: str) -> None:
+def test_a_folder_with_other_weights_is_refused_with_advice(tmp_path: Path, present: str, advice: str) -> None:
     (tmp_path / present).touch()
     with pytest.raises(ModelError, match=advice):
         require_weight_file(tmp_path / SINGLE)
