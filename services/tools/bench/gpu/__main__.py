@@ -33,7 +33,7 @@ from services.tools.bench.gpu.plan import (
 from services.tools.bench.gpu.runner import StepOutcome, StepRunner
 from services.tools.bench.gpu.verdict import LACKING, verdicts
 from services.tools.bench.support.options import run_program, some_of, whole_numbers, words
-from services.tools.bench.support.report import keep, machine, records, table, terminal, written
+from services.tools.bench.support.report import machine, records, table, terminal, write_record, written
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
 from shared.errors import EngineError
@@ -87,7 +87,7 @@ def measure(plan: GpuPlan, kinds: list[str], seconds: float, folder: Path, gpu: 
     for outcome in runner.run(steps_of(plan, kinds)):
         outcomes.append(outcome)
         console.print(f"{outcome.name}: {outcome.outcome}, {outcome.seconds:.0f} s {outcome.reason}", soft_wrap=True)
-        keep(name, _record(outcomes, facts, plan), folder)
+        write_record(name, _record(outcomes, facts, plan), folder)
     rows = _rows(outcomes)
     for kind, (title, columns) in TABLES.items():
         if rows[kind]:
