@@ -13,7 +13,7 @@ from services.tools.bench.gpu.runner import StepOutcome, StepRunner
 from services.tools.bench.gpu.verdict import verdicts
 
 PROGRAM = """
-import json, os, subprocess, sys, time
+import glob, json, os, subprocess, sys, time
 step, rows = json.loads(sys.argv[2]), sys.argv[3]
 def emit(*values):
     with open(rows, "a") as file:
@@ -26,6 +26,8 @@ if step["model"] == "stands":
     emit(child.pid)
     open(rows, "a").write('{"table": ')
     time.sleep(600)
+while step["kind"] == "exactness" and len(glob.glob(os.path.join(os.path.dirname(rows), "exactness-*.jsonl"))) < 2:
+    time.sleep(0.01)
 time.sleep(step["model"] == "waits" and 1)
 emit(step["model"], time.time())
 """
@@ -63,7 +65,7 @@ def test_steps_that_measure_times_run_alone(tmp_path: Path) -> None:
     outcomes = list(run(tmp_path, steps).values())
     assert [one.outcome for one in outcomes] == ["done"] * 5
     spans = [tuple(row["values"][1] for row in one.rows) for one in outcomes]
-    assert spans[1][0] < spans[0][1], "exactness is measured side by side"
+    assert spans[1][0] < spans[0][1], "exactness is measured side by side: the first one waits for the second"
     for one, other in ((spans[3], spans[4]), *((span, spans[3]) for span in spans[:3])):
         assert one[1] < other[0]
 
