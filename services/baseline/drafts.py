@@ -2,8 +2,7 @@
 
 The drafter's own sources and controller draft for all sessions of a step at once. All sessions of a step wait for its
 drafts and its verified tokens, so times are learned per step: a draft step serves all drafting sessions, and a verified
-token costs each session of the step its time. In the suite, the scheduler's price represents this
-cost.
+token costs each session of the step its time. In the suite, the scheduler's price represents this cost.
 """
 
 from __future__ import annotations
