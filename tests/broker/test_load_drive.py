@@ -171,7 +171,7 @@ async def test_a_request_past_the_drain_is_cut() -> None:
 
 
 async def test_a_request_takes_the_time_of_its_uplink() -> None:
-    far, near = CLOSED.device(0), CLOSED.device(1)
+    far, near = CLOSED.hardware(0), CLOSED.hardware(1)
     async with serving(Server()) as server:
         window = Window(warm_up_s=0.0, measure_s=0.8, drain_s=5)
         point = await measured(server, CLOSED, 2, window, uplinks={far: LinkProfile(delay_ms=200, jitter_ms=1)})
