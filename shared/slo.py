@@ -8,6 +8,7 @@ after it, so an early first token does not make up for slow later ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import BaseModel, model_validator
 
@@ -62,6 +63,34 @@ def batch_period_ms(round_period_ms: float, away_ms: float, alone_ms: float) -> 
     alone; an SLO that leaves less time can only be met for a lone session.
     """
     return max(round_period_ms - away_ms, alone_ms) / BATCHES_PER_ROUND
+
+
+class StepNeed(NamedTuple):
+    """What a session with an SLO needs of its verifier's steps."""
+
+    share: float
+    """Time that it adds to them, as a share of all time."""
+    period_ms: float
+    """Longest time between two steps."""
+
+
+def step_need(
+    tpot_ms: float, *, fixed_ms: float, round_ms: float, tokens_per_round: float, away_ms: float, run_ms: float | None
+) -> StepNeed | None:
+    """Return a session's need; None where a verifier could not keep the promise even for this session alone.
+
+    A run that keeps the promise needs a token in a step every `tpot_ms`, as in centralized serving: it is never away,
+    and waits for no step but its own. Otherwise the session needs rounds.
+
+    fixed_ms: time of a step apart from its sessions' own. round_ms, run_ms: time that a round, and a token of a run,
+    adds to a step; run_ms is None without runs. tokens_per_round: what a round brings. away_ms: time between rounds.
+    """
+    if run_ms is not None and tpot_ms >= fixed_ms + run_ms:
+        return StepNeed(run_ms / tpot_ms, tpot_ms)
+    every_ms, alone_ms = tpot_ms * tokens_per_round, fixed_ms + round_ms
+    if every_ms < alone_ms:
+        return None
+    return StepNeed(round_ms / every_ms, batch_period_ms(every_ms, away_ms, alone_ms))
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,8 @@ class Load(Message):
     utilization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Share of the verifiers' time that the SLOs of the running sessions need; 1 is all of it.
 
-    For each verifier: `fixed_ms` / the shortest time between batches that its sessions need, plus, for each session,
-    its round's own time / the time between its rounds; a session needs a round every `tpot_ms` x tokens per round, and
-    `shared.slo.batch_period_ms` gives the time between batches that allows it.
+    For each verifier: `fixed_ms` / the shortest time between batches that its sessions need, plus each session's own
+    share of the time (`shared.slo.step_need`).
     """
     demand: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Share of what the verifiers can compute in time that the running sessions and the prompts need; 1 is all of it.
@@ -149,6 +148,8 @@ class Load(Message):
     """Part of a round's time outside queue and batch: drafting and messages."""
     round_ms: Milliseconds = 0.0
     """A round's own time in a batch: the time that one more session adds to each batch."""
+    run_own_ms: Milliseconds | None = None
+    """Time that a session in a run adds to each step; None without runs, and from a scheduler of an earlier version."""
     tokens_per_round: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """Cautious estimate for a new session: the mean of all rounds, less the mean deviation of the sessions' own means
     from it."""

@@ -114,6 +114,24 @@ def test_drafting_and_messages_leave_less_time_for_batches() -> None:
     assert admission(gone).ask(demand(), 0) is not None
 
 
+def test_runs_are_admitted_as_centralized_serving_would() -> None:
+    """A step takes 40 ms and 10 for each run: five of them 90 ms, of the 100 that each token may take."""
+    idle = load(utilization=0.0, period_ms=None, away_ms=150.0, run_own_ms=10.0)
+    assert promised(idle, [100.0], []) == pytest.approx(0.4 + 0.1)
+    for service_class, most in (("flex", 4), ("default", 5), ("priority", 6)):
+        assert take_all(admission(idle), demand(service_class), 100) == most
+    assert take_all(admission(idle.model_copy(update={"run_own_ms": None})), demand(), 100) == 1, "rounds are away"
+    full = admission(load(utilization=0.9, period_ms=100.0, run_own_ms=10.0))
+    full.start("s", "default", SLO, 1, 0)
+    full.answered("s")
+    full.end("s", 18_000.0)
+    full.update(load(utilization=0.9, period_ms=100.0, run_own_ms=10.0), 18_000.0)
+    # A ninth of what is promised has to become free.
+    assert refused(full, demand(), 18_000.0).retry_after_s == 2
+    # A promise shorter than a step of one run needs drafts, so it is counted in rounds.
+    assert promised(load(run_own_ms=10.0), [45.0], []) == promised(load(), [45.0], [])
+
+
 def test_an_slo_that_a_lone_verifier_cannot_keep_counts_as_none() -> None:
     # A round is due every 50 ms and takes 40 + 10 ms: just possible. A little less time is not enough.
     assert promised(load(), [25.0], []) > 1.0
@@ -309,6 +327,7 @@ loads = st.builds(
     fixed_ms=times,
     period_ms=st.none() | times,
     round_ms=times,
+    run_own_ms=st.none() | times,
     tokens_per_round=st.floats(1, 9),
     prefill_ms=st.floats(0, 100),
     backlog_ms=times,

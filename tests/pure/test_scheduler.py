@@ -459,8 +459,11 @@ def promised(session: str, tpot_ms: float | None, name: str = "default", slack: 
     return verify(session, slack=slack).model_copy(update={"tpot_ms": tpot_ms, "service_class": name})
 
 
+WITHOUT_RUNS = PolicyOptions(without=frozenset({"runs"}))
+
+
 def test_the_utilization_is_the_promised_share_of_the_time() -> None:
-    d = dispatcher("wisp+")
+    d = dispatcher("wisp+", options=WITHOUT_RUNS)
     assert d.load(0.0).utilization == 0.0
     d.on_verify(promised("a", 100.0, "priority"), 0.0)
     one = d.load(1.0)
@@ -480,7 +483,7 @@ def test_the_utilization_is_the_promised_share_of_the_time() -> None:
 
 
 def test_an_slo_that_no_verifier_can_meet_counts_for_nothing() -> None:
-    d = dispatcher("wisp+")
+    d = dispatcher("wisp+", options=WITHOUT_RUNS)
     d.on_verify(promised("hopeless", 1.0), 0.0)
     assert (d.load(1.0).utilization, d.load(1.0).period_ms) == (0.0, None)
     d.on_verify(promised("a", 100.0), 1.0)
@@ -490,7 +493,7 @@ def test_an_slo_that_no_verifier_can_meet_counts_for_nothing() -> None:
 
 
 def test_time_for_drafting_and_messages_shortens_the_needed_period() -> None:
-    d = dispatcher("wisp+")
+    d = dispatcher("wisp+", options=WITHOUT_RUNS)
     base, now = 10, 0.0
     for number in range(20):
         d.on_verify(promised("a", 100.0).model_copy(update={"round": number, "base_len": base}), now)

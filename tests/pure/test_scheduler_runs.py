@@ -14,6 +14,7 @@ from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.scheduler.core.pool import RECOVERY_TOKENS, ActiveSession
 from shared import cost
 from shared.messages import Batch, Finish, Result, Status, Verify
+from shared.slo import step_need
 
 MODEL = builders.cost_model()
 LIMITS = BatchLimits(max_batch_ms=400.0, max_batch_tokens=2048)
@@ -283,6 +284,43 @@ def test_sessions_without_a_promise_make_room_for_those_with_one() -> None:
     grants = {job.session: job.run for _, batch in d.dispatch(51.0)[0] for job in batch.jobs}
     assert grants["promised"] is not None
     assert grants["late"] is None
+
+
+def test_promises_of_runs_fill_the_time_as_centralized_serving_does() -> None:
+    """A step of all runs takes the promised time per token when all of the time is promised."""
+    d = dispatcher()
+    d.on_heartbeat(builders.heartbeat("v1", {f"s{i}": 254 for i in range(4)}, lease=1), 0.0)
+    for i in range(4):
+        in_run(d, f"s{i}", now_ms=float(i), base=255, tpot_ms=TPOT_MS, slack_ms=1000.0)
+        d.fleet.sessions[f"s{i}"].away_ms = 500.0  # its drafter is far away, which a run does not notice
+    found = d.load(5.0)
+    assert found.run_own_ms is not None
+    assert found.period_ms == TPOT_MS
+    own = found.utilization - found.fixed_ms / TPOT_MS
+    assert own == pytest.approx(4 * found.run_own_ms / TPOT_MS, rel=1e-3)
+    most = int((TPOT_MS - found.fixed_ms) / found.run_own_ms)
+    longest_ms = cost.predict_ms(MODEL, cost.shape_of([(1, 256, 1)] * most))
+    assert 0.9 * TPOT_MS < longest_ms <= 1.02 * TPOT_MS
+
+
+def test_a_promise_that_no_run_keeps_is_counted_in_rounds() -> None:
+    d = dispatcher()
+    step_ms = cost.predict_ms(MODEL, cost.shape_of([(1, 256, 1)]))
+    d.on_verify(builders.verify("s", 0, 256, tpot_ms=0.9 * step_ms, slack_ms=1000.0), 0.0)
+    session = d.fleet.sessions["s"]
+    session.rounds = session.tokens = 0
+    d._averages.tokens_per_round = 2.0
+    found = d.load(1.0)
+    needed = step_need(
+        0.9 * step_ms,
+        fixed_ms=found.fixed_ms,
+        round_ms=found.round_ms,
+        tokens_per_round=2.0,
+        away_ms=0.0,
+        run_ms=None,
+    )
+    assert needed is not None
+    assert found.utilization == pytest.approx(needed.share + found.fixed_ms / needed.period_ms)
 
 
 def test_the_price_of_a_token_counts_the_runs_beside_it() -> None:

@@ -5,11 +5,11 @@ backlog refuse it. A request that asks for an SLO is also refused when the prese
 would break the SLO of others. The load is the scheduler's last `Load`, together with the sessions that this gateway has
 started and ended since.
 
-A session with an SLO of one token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`, and
-therefore a batch every `period = shared.slo.batch_period_ms(need, ...)`. It adds to the promised share of the
-verifiers' time
+A session with an SLO of one token every `tpot_ms` needs a share of the verifiers' time for itself, and steps that
+follow each other within a period (`shared.slo.step_need`): those of a run where the verifiers decode in runs, else its
+rounds. It adds to the promised share of the verifiers' time
 
-    (round_ms / need  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
+    (share  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
 
 Where loading the weights hides arithmetic, a step takes most of the promised time however few sessions there are, and
 its room counts instead of its time: the share is the Load's `demand`, and a session adds the tokens that it is promised
@@ -42,7 +42,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from shared.messages import DEFAULT_CLASS, Load, Slo
-from shared.slo import Promise, batch_period_ms
+from shared.slo import Promise, StepNeed, step_need
 
 STALE_MS = 5000.0
 """Age at which a Load is ignored."""
@@ -253,18 +253,28 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
         ]
         return max(0.0, round(load.demand + (shares[0] - shares[1]) / load.verifiers, 9))
     needs = _needs(load, started)
-    rounds = sum(load.round_ms / need for need in needs) - sum(load.round_ms / need for need in _needs(load, ended))
-    alone_ms = load.fixed_ms + load.round_ms
-    fixed = max((load.fixed_ms / batch_period_ms(need, load.away_ms, alone_ms) for need in needs), default=0.0)
+    own = sum(need.share for need in needs) - sum(need.share for need in _needs(load, ended))
+    fixed = max((load.fixed_ms / need.period_ms for need in needs), default=0.0)
     present = load.fixed_ms / load.period_ms if load.period_ms else 0.0
     # Rounded, so that ended sessions leave no remainder.
-    return max(0.0, round(load.utilization + (rounds + max(0.0, fixed - present)) / load.verifiers, 9))
+    return max(0.0, round(load.utilization + (own + max(0.0, fixed - present)) / load.verifiers, 9))
 
 
-def _needs(load: Load, tpots_ms: Iterable[float | None]) -> list[float]:
-    """Return the round period of each session, without those whose SLO a lone verifier could not keep."""
-    needs = [tpot_ms * load.tokens_per_round for tpot_ms in tpots_ms if tpot_ms is not None]
-    return [need for need in needs if need >= load.fixed_ms + load.round_ms]
+def _needs(load: Load, tpots_ms: Iterable[float | None]) -> list[StepNeed]:
+    """Return what each session needs of a verifier, without those whose SLO a lone verifier could not keep."""
+    needs = (
+        step_need(
+            tpot_ms,
+            fixed_ms=load.fixed_ms,
+            round_ms=load.round_ms,
+            run_ms=load.run_own_ms,
+            tokens_per_round=load.tokens_per_round,
+            away_ms=load.away_ms,
+        )
+        for tpot_ms in tpots_ms
+        if tpot_ms is not None
+    )
+    return [need for need in needs if need is not None]
 
 
 def _refusal(code: str, text: str, wait_ms: float) -> Refusal:

@@ -13,7 +13,7 @@ from services.scheduler.core.pool import FIRST_ROUNDS, ActiveSession, VerifierSt
 from services.scheduler.core.round_queue import added_ms
 from shared import cost
 from shared.messages import Batch, ClassLoad, CostModel, Load, Result, Status
-from shared.slo import batch_period_ms
+from shared.slo import StepNeed, step_need
 
 SMOOTHING = 0.1
 WINDOW_MS = 10_000.0
@@ -146,7 +146,7 @@ def load_message(
         return message
     curve = verify_curve(usable, averages, draft_cap)
     figures: dict[str, object] = {
-        **_verifier_figures(usable, fleet, averages, now_ms),
+        **_verifier_figures(usable, fleet, averages, now_ms, runs=runs),
         **_demand_figures(usable, fleet, averages, runs=runs),
         "verify_ms": curve,
         "run_ms": curve[0] if runs else None,
@@ -176,25 +176,27 @@ def verify_curve(verifiers: Sequence[VerifierState], averages: LoadAverages, dra
 
 
 def _verifier_figures(
-    usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAverages, now_ms: float
+    usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAverages, now_ms: float, *, runs: bool
 ) -> dict[str, float | None]:
     """Return the fields of `Load` that are averages over the usable verifiers."""
-    needs = _needed_periods(usable, fleet, averages)
-    round_tokens = max(1, round(averages.round_tokens))
-    fixed, own, prefill, used, backlog = [], [], [], [], []
+    round_tokens, length = max(1, round(averages.round_tokens)), round(averages.length)
+    sessions: dict[str, list[ActiveSession]] = {v.verifier_id: [] for v in usable}
+    for session in fleet.sessions.values():
+        if session.verifier_id in sessions:
+            sessions[session.verifier_id].append(session)
+    fixed, own, own_of_runs, prefill, used, backlog = [], [], [], [], [], []
     shortest: list[float] = []
     for verifier in usable:
         model = verifier.model
         fixed.append(cost.fixed_ms(model))
-        own.append(added_ms(model, round_tokens, round(averages.length), round_tokens))
-        # An SLO that a verifier would miss even with this session alone is served as well as possible and counts for
-        # nothing.
-        alone = fixed[-1] + own[-1]
-        needed = [(period, away) for period, away in needs[verifier.verifier_id] if period >= alone]
-        batches = min((batch_period_ms(period, away, alone) for period, away in needed), default=None)
+        own.append(added_ms(model, round_tokens, length, round_tokens))
+        own_of_runs.append(added_ms(model, 1, length, 1))
+        run_ms = own_of_runs[-1] if runs else None
+        needed = _needs(sessions[verifier.verifier_id], averages, fixed[-1], own[-1], run_ms)
+        batches = min((need.period_ms for need in needed), default=None)
         shortest += [batches] if batches else []
         prefill.append(prefill_ms(model))
-        used.append(sum(own[-1] / period for period, _ in needed) + (fixed[-1] / batches if batches else 0.0))
+        used.append(sum(need.share for need in needed) + (fixed[-1] / batches if batches else 0.0))
         backlog.append(verifier.remaining_ms(now_ms) + fleet.queues[verifier.verifier_id].work_ms)
     count = len(usable)
     return {
@@ -202,9 +204,33 @@ def _verifier_figures(
         "fixed_ms": sum(fixed) / count,
         "period_ms": min(shortest, default=None),
         "round_ms": sum(own) / count,
+        "run_own_ms": sum(own_of_runs) / count if runs else None,
         "prefill_ms": sum(prefill) / count,
         "backlog_ms": min(backlog),
     }
+
+
+def _needs(
+    sessions: Iterable[ActiveSession], averages: LoadAverages, fixed_ms: float, round_ms: float, run_ms: float | None
+) -> list[StepNeed]:
+    """Return what a verifier's sessions with an SLO need of its steps.
+
+    An SLO that the verifier would miss even with its session alone is served as well as possible and counts for
+    nothing.
+    """
+    needs = (
+        step_need(
+            session.tpot_ms,
+            fixed_ms=fixed_ms,
+            round_ms=round_ms,
+            run_ms=run_ms,
+            tokens_per_round=session.tokens_per_round(averages.tokens_per_round),
+            away_ms=(averages.away_ms or 0.0) if session.away_ms is None else session.away_ms,
+        )
+        for session in sessions
+        if session.tpot_ms is not None
+    )
+    return [need for need in needs if need is not None]
 
 
 def _demand_figures(
@@ -234,19 +260,6 @@ def _demand_figures(
         if hides
         else None,
     }
-
-
-def _needed_periods(
-    usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAverages
-) -> dict[str, list[tuple[float, float]]]:
-    """Return (time between rounds, time away) of each session with an SLO, by verifier."""
-    needs: dict[str, list[tuple[float, float]]] = {v.verifier_id: [] for v in usable}
-    for session in fleet.sessions.values():
-        if session.tpot_ms is not None and session.verifier_id in needs:
-            away_ms = (averages.away_ms or 0.0) if session.away_ms is None else session.away_ms
-            tokens = session.tokens_per_round(averages.tokens_per_round)
-            needs[session.verifier_id].append((session.tpot_ms * tokens, away_ms))
-    return needs
 
 
 def prefill_ms(model: CostModel) -> float:
