@@ -66,7 +66,7 @@ def batch_period_ms(round_period_ms: float, away_ms: float, alone_ms: float) -> 
 
 
 class StepNeed(NamedTuple):
-    """What a session with an SLO needs of its verifier's steps."""
+    """Need of a session with an SLO for its verifier's steps."""
 
     share: float
     """Time that it adds to them, as a share of all time."""
