@@ -93,6 +93,8 @@ def test_an_accelerator_has_room_where_a_promise_is_nearly_a_step() -> None:
     assert promised(accelerator, [50.0, None], []) == pytest.approx(0.2 + 1 / 50 / 2.5)
     assert promised(accelerator, [], [50.0, 50.0, None]) == pytest.approx(0.2 - 2 / 50 / 2.5)
     assert promised(accelerator, [41.0], []) == 0.2, "it could not keep this promise for a lone session"
+    slow_rounds = accelerator.model_copy(update={"round_ms": 9.0, "run_own_ms": 0.1})
+    assert promised(slow_rounds, [50.0], []) == promised(accelerator, [50.0], []), "a run keeps it, a round does not"
     assert take_all(admission(accelerator), strict, 200) == 100
     assert take_all(admission(accelerator), demand("flex", strict.slo), 200) == 75
 

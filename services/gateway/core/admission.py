@@ -246,9 +246,10 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
     `tpot_ms`, None for best effort.
     """
     if (room := load.room_tokens_per_ms) is not None:
-        least_ms = load.fixed_ms + load.round_ms
         shares = [
-            sum(1.0 / tpot_ms / room for tpot_ms in tpots_ms if tpot_ms and tpot_ms * load.tokens_per_round >= least_ms)
+            sum(
+                1.0 / tpot_ms / room for tpot_ms in tpots_ms if tpot_ms is not None and _need(load, tpot_ms) is not None
+            )
             for tpots_ms in (started, ended)
         ]
         return max(0.0, round(load.demand + (shares[0] - shares[1]) / load.verifiers, 9))
@@ -262,19 +263,19 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
 
 def _needs(load: Load, tpots_ms: Iterable[float | None]) -> list[StepNeed]:
     """Return what each session needs of a verifier, without those whose SLO a lone verifier could not keep."""
-    needs = (
-        step_need(
-            tpot_ms,
-            fixed_ms=load.fixed_ms,
-            round_ms=load.round_ms,
-            run_ms=load.run_own_ms,
-            tokens_per_round=load.tokens_per_round,
-            away_ms=load.away_ms,
-        )
-        for tpot_ms in tpots_ms
-        if tpot_ms is not None
-    )
+    needs = (_need(load, tpot_ms) for tpot_ms in tpots_ms if tpot_ms is not None)
     return [need for need in needs if need is not None]
+
+
+def _need(load: Load, tpot_ms: float) -> StepNeed | None:
+    return step_need(
+        tpot_ms,
+        fixed_ms=load.fixed_ms,
+        round_ms=load.round_ms,
+        run_ms=load.run_own_ms,
+        tokens_per_round=load.tokens_per_round,
+        away_ms=load.away_ms,
+    )
 
 
 def _refusal(code: str, text: str, wait_ms: float) -> Refusal:
