@@ -334,6 +334,12 @@ def test_an_error_of_tasks_that_ran_together_is_shown_once(capsys: pytest.Captur
     assert capsys.readouterr().err == "error: no broker\n"
 
 
+def test_an_error_of_the_system_in_a_task_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), errors_shown():
+        raise ExceptionGroup("tasks", [OSError(28, "No space left on device", "/full/file")])
+    assert capsys.readouterr().err == "error: /full/file: No space left on device\n"
+
+
 def test_a_fault_beside_an_error_keeps_its_traceback() -> None:
     with pytest.raises(ExceptionGroup, match="tasks"), errors_shown():
         raise ExceptionGroup("tasks", [BrokersError("no broker"), KeyError("x")])

@@ -65,6 +65,15 @@ def test_missing_and_damaged_pieces_are_named(damage: object, message: str, made
         unpack.unpack(made, tmp_path / "to")
 
 
+def test_a_bundle_without_its_list_or_room_is_a_line_of_error(made: Path, tmp_path: Path) -> None:
+    (occupied := tmp_path / "occupied").write_text("")
+    with pytest.raises(unpack.BundleProblem, match="Choose another folder: --to"):
+        unpack.unpack(made, occupied)
+    (made / unpack.CONTENTS).write_text("{")
+    with pytest.raises(unpack.BundleProblem, match=r"bundle\.json is missing or damaged"):
+        unpack.unpack(made, tmp_path / "to")
+
+
 def test_another_python_is_told_how_to_get_a_bundle(made: Path, tmp_path: Path) -> None:
     contents = json.loads((made / unpack.CONTENTS).read_text())
     (made / unpack.CONTENTS).write_text(json.dumps(contents | {"pythons": ["3.9"]}))

@@ -302,9 +302,14 @@ async def _measure(stack: Stack, streams: int, rate: int, batch: int, answer: in
                 for length in first
             ]
             beating = tasks.create_task(stub.beat())
-            async with asyncio.timeout(START_S):
-                while stub.running < streams:  # noqa: ASYNC110 - polling is enough
-                    await asyncio.sleep(0.05)
+            try:
+                async with asyncio.timeout(START_S):
+                    while stub.running < streams:  # noqa: ASYNC110 - polling is enough
+                        await asyncio.sleep(0.05)
+            except TimeoutError:
+                raise WispError(
+                    f"only {stub.running} of {streams} streams began within {START_S:g} s; ask for fewer: --streams"
+                ) from None
             serving = tasks.create_task(
                 stub.serve(rate, min(batch, streams), lambda: over and all(one.done() for one in clients))
             )

@@ -62,11 +62,10 @@ def errors_shown() -> Iterator[None]:
         _print_error(str(error))
         raise typer.Exit(1) from None
     except ExceptionGroup as group:
-        first = _first_of(group)
-        if first is None:
+        if (first := _first_of(group)) is None:
             raise
-        _print_error(str(first))
-        raise typer.Exit(1) from None
+        with errors_shown():
+            raise first from None
     except BrokenPipeError:
         raise  # the reader has closed the output: typer ends quietly with status 1
     except OSError as error:
@@ -89,15 +88,14 @@ def errors_shown() -> Iterator[None]:
         raise typer.Exit(TERMINATED) from None
 
 
-def _first_of(group: BaseExceptionGroup[BaseException]) -> WispError | None:
-    """Return the first error of tasks that ran together, or None if one of their errors is not WISP's own."""
-    expected, others = group.split(WispError)
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    """Return the first error of tasks that ran together; None if one is neither WISP's own nor the system's."""
+    first, others = group.split((WispError, OSError))
     if others is not None:
         return None
-    first: BaseException | None = expected
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
-    return first if isinstance(first, WispError) else None
+    return first
 
 
 def _print_error(text: str) -> None:

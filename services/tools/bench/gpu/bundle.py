@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def main(
         folder = state_folder() / "gpu-bundle" if to is None else replaceable(to)
         console = terminal()
         progress = ConsoleProgress(console)
-        versions = words(pythons)
+        if not (versions := words(pythons)) or not all(re.fullmatch(r"3\.\d+", version) for version in versions):
+            raise SettingsError(f"--python takes versions such as {PYTHONS} (given: {pythons!r})")
         with TemporaryDirectory(prefix="wisp-bundle-") as made:
             wheels, model = Path(made) / "wheels", Path(made) / "model"
             with progress.step("downloading packages") as step:

@@ -49,14 +49,20 @@ class BundleProblem(Exception):
 
 def unpack(bundle: Path, to: Path) -> str:
     """Set a bundle up in the folder `to`; return a line about it. Raises BundleProblem."""
-    contents = json.loads((bundle / CONTENTS).read_text())
+    try:
+        contents = json.loads((bundle / CONTENTS).read_text())
+    except (OSError, ValueError):
+        raise BundleProblem(f"{bundle / CONTENTS} is missing or damaged: copy the whole bundle again") from None
     here = "{}.{}".format(*sys.version_info[:2])
     if here not in contents["pythons"]:
         raise BundleProblem(
             f"the bundle has packages for Python {', '.join(contents['pythons'])}, and this is {here}. Make one for "
             f"it: make gpu-bundle ARGS='--python {here}'"
         )
-    to.mkdir(parents=True, exist_ok=True)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleProblem(f"{to} cannot be made: {error.strerror}. Choose another folder: --to") from None
     for archive in contents["archives"]:
         with joined(bundle, archive["pieces"]) as file, tarfile.open(fileobj=file) as tar:
             tar.extractall(to, filter="data")
