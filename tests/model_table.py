@@ -76,7 +76,8 @@ def _compare_bits(name: str, engine: Engine) -> None:
 
 
 def _first_line(reason: object) -> str:
-    return str(reason).strip().partition("\n")[0].replace("|", "/")[:160]
+    line = str(reason).strip().partition("\n")[0].replace("|", "/")
+    return textwrap.shorten(line, 160, placeholder=" …")
 
 
 PAGE_TEXT = """# Models
