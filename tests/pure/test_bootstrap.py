@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def test_a_failure_ends_with_the_end_of_the_log(
     assert "packages         failed" in capsys.readouterr().out
     with pytest.raises(StepFailed, match="status 3"):
         run([sys.executable, "-c", "raise SystemExit(3)"], a_step())
+
+
+def test_a_command_ends_with_the_set_up_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "LOG", tmp_path / "setup.log")
+    found: list[int] = []
+
+    def stopped(line: str) -> None:
+        found.append(int(line))
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        run([sys.executable, "-c", "import os, time; print(os.getpid()); time.sleep(600)"], a_step(), read=stopped)
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[0], 0)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (41, "41 s"), (59.7, "1 min 0 s"), (185, "3 min 5 s")])

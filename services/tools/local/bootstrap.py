@@ -22,6 +22,7 @@ import platform
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -75,6 +76,7 @@ def main() -> None:
         "--torch-index", default="", help="package index to take torch from, for example one of CPU builds"
     )
     torch_index = parser.parse_args().torch_index
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     STATE.mkdir(exist_ok=True)
     with (STATE / "setup.lock").open("w") as lock:
         try:
@@ -224,15 +226,21 @@ def run(
         errors="replace",
     )
     last = ""
-    with LOG.open("a") as log:
-        for line in lines_of(process):
-            if line is not None:
-                log.write(line)
-                last = line.strip() or last
-                if read is not None:
-                    read(line)
-            shown.detail = (describe() if describe is not None else last) or shown.detail
-            shown.show()
+    try:
+        with LOG.open("a") as log:
+            for line in lines_of(process):
+                if line is not None:
+                    log.write(line)
+                    last = line.strip() or last
+                    if read is not None:
+                        read(line)
+                shown.detail = (describe() if describe is not None else last) or shown.detail
+                shown.show()
+    except BaseException:
+        # Without the lock of this set-up, another one would write the same folder beside the command.
+        process.terminate()
+        process.wait()
+        raise
     if process.wait():
         tail = "".join(LOG.read_text().splitlines(keepends=True)[-25:])
         raise StepFailed(
