@@ -90,9 +90,10 @@ def errors_shown() -> Iterator[None]:
 
 def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
     """Return the first error of tasks that ran together; None if one is neither WISP's own nor the system's."""
-    first, others = group.split((WispError, OSError))
+    expected, others = group.split((WispError, OSError))
     if others is not None:
         return None
+    first: BaseException | None = expected
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
     return first
