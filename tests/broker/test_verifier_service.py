@@ -636,7 +636,7 @@ async def test_a_fault_while_a_run_is_reported_ends_it_and_loses_no_token(
     commit, failed = Store.commit, asyncio.Event()
 
     async def failing_commit(store: Store, verifier: str, commits: Sequence[Commit], **given: Any) -> Any:
-        if commits[0].session == "s" and commits[0].base_len > 4 and not failed.is_set():
+        if commits[0].session_id == "s" and commits[0].base_len > 4 and not failed.is_set():
             failed.set()
             raise RuntimeError("a defect")
         return await commit(store, verifier, commits, **given)

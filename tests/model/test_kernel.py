@@ -44,9 +44,10 @@ from shared.engine import Engine, Step
 from shared.kernels import native
 from shared.models.folder import ModelFolder
 native.level = lambda: sys.argv[1]
+FORMS = ("float32", "bfloat16", "int8")  # of a folder without a tokenizer
 found = {}
 for name, folder in json.loads(sys.argv[3]).items():
-    for form in ModelFolder(folder).dtypes:
+    for form in ModelFolder(Path(folder)).dtypes if (Path(folder) / "tokenizer.json").is_file() else FORMS:
         engine = Engine(Path(folder), dtype=form, budget_tokens=512)
         digest = hashlib.sha256()
         engine.attach("s", [])

@@ -128,7 +128,7 @@ def test_a_filler_with_an_unknown_slot_is_refused() -> None:
 
 
 def test_lists_that_refer_to_each_other_in_a_circle_are_refused() -> None:
-    with pytest.raises(ValueError, match="lead back to themselves"):
+    with pytest.raises(ValueError, match="refer to themselves"):
         made({"id": "t", "text": "{a}"}, lists={"a": ["{b}"], "b": ["{a}"]}).sample(0, 1, held_out=False)
 
 
