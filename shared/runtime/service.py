@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeVar
@@ -20,8 +18,6 @@ from shared.runtime.settings_loading import load, misspelt, refuse
 
 S = TypeVar("S", bound=ProcessSettings)
 CANCEL_AGAIN_S = 2.0
-GIVE_UP_S = 5.0
-"""Longest time in which a service that is still starting is given up, after a signal to end."""
 
 
 def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
@@ -51,10 +47,6 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
         def end() -> None:
             if not (stop.is_set() or stop.waited_for):
                 serving.cancel()
-                # The AMQP client can swallow the cancellation. Nothing has begun that would have to end in order.
-                watchdog = threading.Timer(GIVE_UP_S, lambda: None if stop.waited_for else os._exit(0))
-                watchdog.daemon = True
-                watchdog.start()
             health.HEALTH.stopping = True
             stop.set()
 

@@ -60,11 +60,14 @@ def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None, 
 
 def bad_certificate(error: BaseException) -> str | None:
     """Return the problem of a server's certificate if it caused this error, else None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ssl.SSLCertVerificationError):
-            return seen.verify_message
-        seen = seen.__cause__ or seen.__context__
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    # The AMQP client raises errors again whose causes form a circle.
+    while cause is not None and not any(cause is one for one in causes):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
     return None
 
 

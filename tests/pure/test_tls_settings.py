@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from services.gateway.settings import GatewaySettings
 from services.tools.local.settings import BrokerAddresses
 from shared.runtime.settings import RedisSettings, ServiceSettings
 from shared.runtime.settings_loading import problems_of
+from shared.runtime.tls import bad_certificate
 
 SECURE = {"amqp_url": "amqps://ann:hidden@rabbit:5671/", "redis_url": "rediss://:hidden@redis:6380/0"}
 
@@ -120,3 +122,14 @@ def test_a_key_with_a_passphrase_is_refused(authority: Authority, tmp_path: Path
         )
     )
     assert "the key has a passphrase" in problem(GatewaySettings, https_cert_file=cert, https_key_file=locked)
+
+
+def test_the_causes_of_an_error_may_form_a_circle() -> None:
+    """aio-pika's do, when a server hangs up: a search without end would stop the whole event loop."""
+    first, second, third = ConnectionError("hung up"), ConnectionError("lost"), OSError("closed")
+    first.__cause__, second.__cause__, third.__cause__ = second, third, second
+    assert bad_certificate(first) is None
+    third.__cause__ = None
+    third.__context__ = refused = ssl.SSLCertVerificationError("x")
+    refused.verify_message = "certificate has expired"
+    assert bad_certificate(first) == "certificate has expired"
