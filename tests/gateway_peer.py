@@ -266,3 +266,10 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(HANG_S):
         while not condition():  # noqa: ASYNC110 conditions are plain attributes of a test's records
             await asyncio.sleep(0.01)
+
+
+async def eventually_answers(ask: Callable[[], Awaitable[bool]]) -> None:
+    """Ask until the answer is yes; fail only after `HANG_S`."""
+    async with asyncio.timeout(HANG_S):
+        while not await ask():  # noqa: ASYNC110 the answer comes from another process
+            await asyncio.sleep(0.1)
