@@ -25,13 +25,13 @@ class SequenceCache(Protocol):
     def free_tokens(self) -> int:
         """Number of tokens that fit without evicting a session."""
 
-    def cached(self, session: str) -> int:
+    def cached(self, session_id: str) -> int:
         """Return the number of a session's tokens in the cache."""
 
-    def attach(self, session: str, tokens: Sequence[int]) -> int:
+    def attach(self, session_id: str, tokens: Sequence[int]) -> int:
         """Attach a session; return the number of its tokens in the cache."""
 
-    def release(self, session: str) -> None:
+    def release(self, session_id: str) -> None:
         """Release a session."""
 
 
