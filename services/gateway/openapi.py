@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+from services.drafter.sources.registry import CHOICES
 from services.gateway.keys import is_open
 from services.gateway.openapi_schemas import TEXT, Schema, schemas
+from services.gateway.schema import DRAFT_HEADER, POOL_HEADER, TPOT_HEADERS, TTFT_HEADERS
+from shared.messages import LONGEST_MS, SHORTEST_MS
+from shared.runtime.settings import NAME_PATTERN
 
 TITLE = "WISP gateway"
 DESCRIPTION = (
@@ -96,6 +100,7 @@ def _generation() -> Schema:
     errors = (*WRITE, *WORK)
     answer_id = _parameter("answer_id", "path", {"type": "string"}, "The `id` of the streamed answer.")
     event_id = _parameter("Last-Event-ID", "header", TEXT, "The id of the last event that was received.")
+    options = _header_options()
 
     def streamed(answer: str) -> dict[str, str | None]:
         return {"application/json": answer, "text/event-stream": "Event"}
@@ -107,12 +112,16 @@ def _generation() -> Schema:
                 streamed("ChatCompletion"),
                 errors,
                 body="ChatRequest",
-                parameters=[event_id],
+                parameters=[event_id, *options],
             )
         },
         "/v1/completions": {
             "post": _operation(
-                "Continue a text", streamed("Completion"), errors, body="CompletionRequest", parameters=[event_id]
+                "Continue a text",
+                streamed("Completion"),
+                errors,
+                body="CompletionRequest",
+                parameters=[event_id, *options],
             )
         },
         "/v1/streams/{answer_id}": {
@@ -129,6 +138,7 @@ def _generation() -> Schema:
                 streamed("Response"),
                 errors,
                 body="ResponsesRequest",
+                parameters=options,
             )
         },
         "/v1/messages": {
@@ -137,10 +147,25 @@ def _generation() -> Schema:
                 streamed("Message"),
                 errors,
                 body="MessagesRequest",
+                parameters=options,
                 error="MessagesError",
             )
         },
     }
+
+
+def _header_options() -> list[Schema]:
+    """Return the headers that `HeaderOptions` reads, as parameters of an operation."""
+    number: Schema = {"type": "number", "minimum": SHORTEST_MS, "maximum": LONGEST_MS}
+    pool: Schema = {"type": "string", "pattern": NAME_PATTERN}
+    return [
+        *(_parameter(name, "header", number, "SLO: milliseconds to the first token.") for name in TTFT_HEADERS),
+        *(_parameter(name, "header", number, "SLO: milliseconds per further token.") for name in TPOT_HEADERS),
+        _parameter(
+            DRAFT_HEADER, "header", {"enum": list(CHOICES)}, "The draft source; the option `wisp.draft` overrides it."
+        ),
+        _parameter(POOL_HEADER, "header", pool, "The pool of drafters; the option `wisp.pool` overrides it."),
+    ]
 
 
 def _ready() -> Schema:

@@ -1,11 +1,14 @@
-"""Values of options in several forms, such as one text or a list of them, checked and in one form."""
+"""Values of options in several forms, such as one text or a list of them, checked and in one form.
+
+Also checks of options that need or exclude another one, which stands before them in the body's model.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from services.gateway.body import as_whole
@@ -82,6 +85,39 @@ def _prompts(value: Any) -> list[str | list[int]]:
         "prompt_type",
         "must be a string, a non-empty list of strings, a non-empty list of token ids, or a list of these",
     )
+
+
+def same_as_n(value: int | None, info: ValidationInfo) -> int | None:
+    """Refuse a `best_of` other than `n`: no more completions are made than are returned."""
+    if value is not None and value != info.data.get("n", value):
+        raise PydanticCustomError("best_of_value", "must be n: leave best_of out, or send the same number")
+    return value
+
+
+def no_generation_prompt(value: bool, info: ValidationInfo) -> bool:
+    """Refuse `continue_final_message` beside `add_generation_prompt`."""
+    if value and info.data.get("add_generation_prompt"):
+        raise PydanticCustomError("continue_value", "excludes add_generation_prompt: leave one of them out")
+    return value
+
+
+def not_streamed(value: int | None, info: ValidationInfo) -> int | None:
+    """Refuse `prompt_logprobs` in a stream."""
+    if value is not None and info.data.get("stream"):
+        raise PydanticCustomError("prompt_logprobs_value", "is not available in a stream; leave out stream")
+    return value
+
+
+def with_logprobs(value: int | None, info: ValidationInfo) -> int | None:
+    """Refuse `top_logprobs` without `logprobs`."""
+    if value and not info.data.get("logprobs"):
+        raise PydanticCustomError("top_logprobs_value", "needs logprobs: true")
+    return value
+
+
+def false_as_none(value: Any) -> Any:
+    """Return a number of log-probabilities; None for false, which some clients send for none."""
+    return None if value is False else as_whole(value)
 
 
 Stops = Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])]

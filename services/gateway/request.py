@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from secrets import randbits, token_hex
@@ -11,7 +9,7 @@ from time import time
 
 from fastapi import Request
 
-from services.drafter.sources.registry import AUTO, CHOICES
+from services.drafter.sources.registry import AUTO
 from services.gateway.answer import Answer, AnswerForm, session_id
 from services.gateway.core.admission import ServiceClass
 from services.gateway.errors import ApiError, invalid
@@ -20,18 +18,12 @@ from services.gateway.grammar import grammar_of, grammar_of_calls
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import Limits, Prompt, chat_prompts, completion_prompts, predicted_tokens
 from services.gateway.rules import check_token_ids, rules_of
-from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
+from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, HeaderOptions
 from services.gateway.tools import ToolForm, tool_form
 from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import quoted
-from shared.messages import DEFAULT_CLASS, LONGEST_MS, SHORTEST_MS, Generate, Grammar, Slo, needing
+from shared.messages import DEFAULT_CLASS, Generate, Grammar, Slo, needing
 from shared.runtime import tracing
-from shared.runtime.settings import NAME_PATTERN
-
-DRAFT_HEADER = "x-wisp-draft"
-POOL_HEADER = "x-wisp-pool"
-TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
-TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
 
 async def accept(gateway: Gateway, http: Request, request: GenerationRequest, started_s: float) -> Answer:
@@ -82,11 +74,12 @@ def new_answer(
     if request.has_rules or request.stop_token_ids:
         check_token_ids(request, limits.vocab_size)
     limit = output_limit(request, limits)
-    form = _form(gateway, request, headers, prompts, key, predicted)
+    options = HeaderOptions(headers)
+    form = _form(gateway, request, options, prompts, key, predicted)
     answer_id = f"{'chatcmpl' if form.chat else 'cmpl'}-{token_hex(12)}"
     event_ids = form.keep or takes_event_ids(headers)
     answer = Answer(answer_id, form, started_s, request.stream, event_ids, key)
-    slo = slo_of(headers, request.service_tier, gateway.settings.slo_classes)
+    slo = slo_of(options, request.service_tier, gateway.settings.slo_classes)
     rules = rules_of(request, gateway.model, form.thinks) if request.has_rules else None
     ends = [] if request.ignore_eos else gateway.model.folder.eos_ids
     stop_ids = list(dict.fromkeys([*ends, *request.stop_token_ids]))
@@ -111,7 +104,7 @@ def new_answer(
                 vocab_fingerprint=gateway.model.vocab_fingerprint,
                 slo=slo,
                 service_class=form.service_class,
-                draft=draft_of(request, headers),
+                draft=draft_of(request, options),
                 trace=form.trace,
                 prediction=list(predicted),
                 grouped=True,
@@ -125,7 +118,7 @@ def new_answer(
 def _form(
     gateway: Gateway,
     request: GenerationRequest,
-    headers: Mapping[str, str],
+    headers: HeaderOptions,
     prompts: Sequence[Prompt],
     key: ApiKey | None,
     predicted: Sequence[int],
@@ -201,7 +194,7 @@ def takes_event_ids(headers: Mapping[str, str]) -> bool:
     return any(media_type in ("text/event-stream", "text/*", "*/*") for media_type in accepted)
 
 
-def pool_of(request: GenerationRequest, headers: Mapping[str, str], key: ApiKey | None) -> str:
+def pool_of(request: GenerationRequest, headers: HeaderOptions, key: ApiKey | None) -> str:
     """Return the pool of drafters: the device that owns the key, else the pool that the request names.
 
     The option overrides the header. The names of devices' pools have a dot and those of other pools have none, so a
@@ -209,20 +202,12 @@ def pool_of(request: GenerationRequest, headers: Mapping[str, str], key: ApiKey 
     """
     if key is not None and key.device is not None:
         return device_name(key.device)
-    pool = request.wisp.pool or headers.get(POOL_HEADER, DEFAULT_POOL)
-    if not re.fullmatch(NAME_PATTERN, pool):
-        allowed = "1 to 64 letters, digits, underscores or dashes"
-        raise invalid(f"header {POOL_HEADER} must be {allowed}, not {quoted(pool)}", POOL_HEADER)
-    return pool
+    return request.wisp.pool or headers.pool or DEFAULT_POOL
 
 
-def draft_of(request: GenerationRequest, headers: Mapping[str, str]) -> str:
+def draft_of(request: GenerationRequest, headers: HeaderOptions) -> str:
     """Return the requested draft source; the option overrides the header. Raises ApiError."""
-    wanted = request.wisp.draft or headers.get(DRAFT_HEADER, AUTO)
-    if wanted not in CHOICES:
-        known = ", ".join(CHOICES)
-        raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {quoted(wanted)}", DRAFT_HEADER)
-    return wanted
+    return request.wisp.draft or headers.draft or AUTO
 
 
 def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:
@@ -230,7 +215,7 @@ def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:
     return tier if tier is not None and tier in classes else DEFAULT_CLASS
 
 
-def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, ServiceClass]) -> Slo | None:
+def slo_of(headers: HeaderOptions, tier: str | None, classes: Mapping[str, ServiceClass]) -> Slo | None:
     """Return the SLO that the request asks for; None for best effort.
 
     A request asks for one by naming a class that has one, or by a header, which overrides the class. With only one of
@@ -238,8 +223,7 @@ def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, S
     ApiError.
     """
     own = classes[tier].slo if tier is not None and tier in classes else None
-    ttft_ms = _milliseconds(headers, TTFT_HEADERS)
-    tpot_ms = _milliseconds(headers, TPOT_HEADERS)
+    ttft_ms, tpot_ms = headers.ttft_ms, headers.tpot_ms
     if ttft_ms is None and tpot_ms is None:
         return own
     base = own or classes[DEFAULT_CLASS].slo
@@ -247,21 +231,6 @@ def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, S
     return Slo(
         ttft_ms=base.ttft_ms if ttft_ms is None else ttft_ms, tpot_ms=base.tpot_ms if tpot_ms is None else tpot_ms
     )
-
-
-def _milliseconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float | None:
-    for name in names:
-        if (text := headers.get(name)) is None:
-            continue
-        try:
-            value = math.nan if "_" in text else float(text)
-        except ValueError:
-            value = math.nan
-        if not SHORTEST_MS <= value <= LONGEST_MS:
-            limits = f"{SHORTEST_MS:g} to {LONGEST_MS:.0f}"
-            raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {quoted(text)}", param=name)
-        return value
-    return None
 
 
 def derive_seed(seed: int, copy: int) -> int:

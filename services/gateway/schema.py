@@ -5,6 +5,8 @@ Unknown options are refused within our own object `wisp` only, since no other se
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -20,8 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from services.drafter.sources.registry import SourceChoiceName
-from services.gateway.body import Body, Most, Whole, as_whole, or_default, refuse
+from services.drafter.sources.registry import CHOICES, SourceChoiceName
+from services.gateway.body import Body, Most, Whole, or_default, refuse
 from services.gateway.core.options import (
     CHAT_OPTIONS,
     COMPLETION_OPTIONS,
@@ -29,11 +31,33 @@ from services.gateway.core.options import (
     STRUCTURED_OPTIONS,
     UnsupportedOption,
 )
+from services.gateway.errors import invalid
 from services.gateway.grammar_options import GrammarOption, GrammarOptions
-from services.gateway.option_values import Biases, Prompts, Stops, TokenIds, Words
+from services.gateway.option_values import (
+    Biases,
+    Prompts,
+    Stops,
+    TokenIds,
+    Words,
+    false_as_none,
+    no_generation_prompt,
+    not_streamed,
+    same_as_n,
+    with_logprobs,
+)
 from services.gateway.tool_options import Tool, ToolCall, ToolChoice, parse_tool_choice
 from shared.errors import quoted
-from shared.messages import GRAMMAR, LOGPROBS, MOST_LOGPROBS, REASONING_BUDGET, RULES, Logprobs, Sampling
+from shared.messages import (
+    GRAMMAR,
+    LOGPROBS,
+    LONGEST_MS,
+    MOST_LOGPROBS,
+    REASONING_BUDGET,
+    RULES,
+    SHORTEST_MS,
+    Logprobs,
+    Sampling,
+)
 from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
@@ -41,38 +65,13 @@ MAX_TOOLS = 128
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
 NO_DEFAULTS = SamplingDefaults()
+DRAFT_HEADER = "x-wisp-draft"
+POOL_HEADER = "x-wisp-pool"
+TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
+TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
+"""The first one that a request has counts."""
 SMALLEST_TOP_P = 1e-6
 """Replaces 0, which OpenAI allows. Both keep only the most probable token."""
-
-
-def _same_as_n(value: int | None, info: ValidationInfo) -> int | None:
-    """Refuse a `best_of` other than `n`: no more completions are made than are returned."""
-    if value is not None and value != info.data.get("n", value):
-        raise PydanticCustomError("best_of_value", "must be n: leave best_of out, or send the same number")
-    return value
-
-
-def _no_generation_prompt(value: bool, info: ValidationInfo) -> bool:
-    if value and info.data.get("add_generation_prompt"):
-        raise PydanticCustomError("continue_value", "excludes add_generation_prompt: leave one of them out")
-    return value
-
-
-def _not_streamed(value: int | None, info: ValidationInfo) -> int | None:
-    if value is not None and info.data.get("stream"):
-        raise PydanticCustomError("prompt_logprobs_value", "is not available in a stream; leave out stream")
-    return value
-
-
-def _top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
-    if value and not info.data.get("logprobs"):
-        raise PydanticCustomError("top_logprobs_value", "needs logprobs: true")
-    return value
-
-
-def _no_boolean(value: Any) -> Any:
-    """Return a number of log-probabilities; None for false, which some clients send for none."""
-    return None if value is False else as_whole(value)
 
 
 Number = TypeVar("Number", int, float)
@@ -80,6 +79,55 @@ Number = TypeVar("Number", int, float)
 
 def _first(asked: Number | None, default: Number | None, otherwise: Number) -> Number:
     return asked if asked is not None else default if default is not None else otherwise
+
+
+class HeaderOptions:
+    """Our options in a request's HTTP headers. Reading a wrong one raises ApiError; one that is not read is ignored."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = headers
+
+    @property
+    def draft(self) -> str | None:
+        """The draft source."""
+        name = self._headers.get(DRAFT_HEADER)
+        if name is not None and name not in CHOICES:
+            known = ", ".join(CHOICES)
+            raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {quoted(name)}", DRAFT_HEADER)
+        return name
+
+    @property
+    def pool(self) -> str | None:
+        """The pool of drafters."""
+        pool = self._headers.get(POOL_HEADER)
+        if pool is not None and not re.fullmatch(NAME_PATTERN, pool):
+            allowed = "1 to 64 letters, digits, underscores or dashes"
+            raise invalid(f"header {POOL_HEADER} must be {allowed}, not {quoted(pool)}", POOL_HEADER)
+        return pool
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time to the first token, in milliseconds, of the SLO that the request asks for."""
+        return self._milliseconds(TTFT_HEADERS)
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per further token, in milliseconds, of the SLO that the request asks for."""
+        return self._milliseconds(TPOT_HEADERS)
+
+    def _milliseconds(self, names: tuple[str, ...]) -> float | None:
+        for name in names:
+            if (text := self._headers.get(name)) is None:
+                continue
+            try:
+                value = math.nan if "_" in text else float(text)
+            except ValueError:
+                value = math.nan
+            if not SHORTEST_MS <= value <= LONGEST_MS:
+                limits = f"{SHORTEST_MS:g} to {LONGEST_MS:.0f}"
+                raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {quoted(text)}", name)
+            return value
+        return None
 
 
 class StreamOptions(Body):
@@ -192,9 +240,9 @@ class GenerationRequest(GrammarOptions):
     logit_bias: Biases = Field(default={})
     bad_words: Words = Field(default=[])
     allowed_token_ids: Annotated[list[int] | None, TokenIds] = None
-    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_not_streamed), Whole] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(not_streamed), Whole] = None
     return_tokens_as_token_ids: Annotated[bool, or_default(False)] = False
-    best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), Whole] = None
+    best_of: Annotated[int | None, Field(ge=1), AfterValidator(same_as_n), Whole] = None
     prediction: PredictionOption | None = None
     service_tier: str | None = None
     wisp: Annotated[WispOptions, or_default(WispOptions())] = WispOptions()
@@ -302,12 +350,12 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: Annotated[bool, or_default(True)] = True
 
     add_generation_prompt: bool | None = None
-    continue_final_message: Annotated[bool, AfterValidator(_no_generation_prompt), or_default(False)] = False
+    continue_final_message: Annotated[bool, AfterValidator(no_generation_prompt), or_default(False)] = False
     chat_template_kwargs: Annotated[dict[str, Any], or_default({})] = Field(default={})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     thinking_token_budget: Annotated[int | None, Field(ge=0, lt=2**31), Whole] = None
     logprobs: Annotated[bool, or_default(False)] = False
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), Whole] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(with_logprobs), Whole] = None
 
     @classmethod
     def refuse_unsupported(cls, fields: Mapping[str, Any]) -> None:
@@ -372,7 +420,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int | None, Field(ge=0), Most, or_default(16)] = 16
     """OpenAI's default is 16; 0 is for the prompt's tokens alone."""
     echo: Annotated[bool, or_default(False)] = False
-    logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), BeforeValidator(_no_boolean)] = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), BeforeValidator(false_as_none)] = None
 
     @property
     def top(self) -> int | None:

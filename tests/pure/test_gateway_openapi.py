@@ -250,7 +250,7 @@ async def check(app: App, case: Case) -> None:  # noqa: F811
         **({"json": sent["json"]} if "json" in sent else {"content": sent.get("data")}),
     )
     # A drawn name of a pool has no drafters.
-    is_pool = response.status_code == 503 and response.json()["error"].get("code") == "no_drafter"
+    is_pool = response.status_code == 503 and "no drafter is running in pool" in response.json()["error"]["message"]
     case.validate_response(response, checks=CHECKS if is_pool else [not_a_server_error, *CHECKS])
 
 

@@ -18,8 +18,10 @@ import structlog
 from gateway_peer import eventually
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pages import ROOT
 from pydantic import ValidationError
 
+from services.drafter.sources.registry import CHOICES
 from services.gateway import metrics, stream
 from services.gateway.answer import AnswerForm, Usage
 from services.gateway.body import Body, parse
@@ -32,7 +34,7 @@ from services.gateway.messages_body import MessagesRequest
 from services.gateway.prompt import Limits, Prompt, check_prompt
 from services.gateway.request import class_of, derive_seed, new_answer, slo_of
 from services.gateway.responses_body import ResponsesRequest
-from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest
+from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest, HeaderOptions
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
@@ -42,6 +44,7 @@ from shared.slo import SloOutcome, judge
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}
+PAGE = ROOT / "services/gateway/README.md"
 CLASSES = GatewaySettings.model_validate({}).slo_classes
 
 
@@ -559,33 +562,40 @@ def test_forms_that_earlier_gateways_cannot_send_are_unreadable_for_them() -> No
 
 def test_headers_override_the_slo_of_the_class() -> None:
     default, priority = CLASSES["default"].slo, CLASSES["priority"].slo
-    assert slo_of({}, "default", CLASSES) == default
-    assert slo_of({}, "priority", CLASSES) == priority
-    assert slo_of({}, "flex", CLASSES) is None
+    assert slo_of(HeaderOptions({}), "default", CLASSES) == default
+    assert slo_of(HeaderOptions({}), "priority", CLASSES) == priority
+    assert slo_of(HeaderOptions({}), "flex", CLASSES) is None
     both = {"x-llm-d-slo-ttft-ms": "300", "x-slo-tpot-ms": "40.5"}
-    assert slo_of(both, "flex", CLASSES) == Slo(ttft_ms=300, tpot_ms=40.5)
+    assert slo_of(HeaderOptions(both), "flex", CLASSES) == Slo(ttft_ms=300, tpot_ms=40.5)
     assert default is not None
     assert priority is not None
-    assert slo_of({"x-slo-ttft-ms": "1"}, None, CLASSES) == Slo(ttft_ms=1, tpot_ms=default.tpot_ms)
-    assert slo_of({"x-slo-tpot-ms": "1"}, "priority", CLASSES) == Slo(ttft_ms=priority.ttft_ms, tpot_ms=1)
-    assert slo_of({"x-slo-tpot-ms": "1"}, "flex", CLASSES) == Slo(ttft_ms=default.ttft_ms, tpot_ms=1)
+    assert slo_of(HeaderOptions({"x-slo-ttft-ms": "1"}), None, CLASSES) == Slo(ttft_ms=1, tpot_ms=default.tpot_ms)
+    assert slo_of(HeaderOptions({"x-slo-tpot-ms": "1"}), "priority", CLASSES) == Slo(
+        ttft_ms=priority.ttft_ms, tpot_ms=1
+    )
+    assert slo_of(HeaderOptions({"x-slo-tpot-ms": "1"}), "flex", CLASSES) == Slo(ttft_ms=default.ttft_ms, tpot_ms=1)
 
 
 @pytest.mark.parametrize("tier", [None, "auto", "gold", "flex"])
 def test_a_request_that_asks_for_no_promise_gets_best_effort(tier: str | None) -> None:
-    assert slo_of({}, tier, CLASSES) is None
+    assert slo_of(HeaderOptions({}), tier, CLASSES) is None
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-5", "nan", "inf", "1e999", "1_0", "5;6", "٣ms"])
 def test_slo_headers_must_be_positive_numbers(text: str) -> None:
     with pytest.raises(ApiError) as caught:
-        slo_of({"x-slo-ttft-ms": text}, None, CLASSES)
+        slo_of(HeaderOptions({"x-slo-ttft-ms": text}), None, CLASSES)
     assert (caught.value.status, caught.value.param) == (400, "x-slo-ttft-ms")
 
 
 def test_unknown_tiers_mean_the_default_class() -> None:
     for tier, name in ((None, "default"), ("auto", "default"), ("gold", "default"), ("flex", "flex")):
         assert class_of(tier, CLASSES) == name
+
+
+def test_the_page_names_every_draft_source() -> None:
+    ((names, _),) = re.findall(r"\| the draft source of this request: ((`.*?`|[^|])*) \|", PAGE.read_text("utf-8"))
+    assert sorted(re.findall(r"`(\w+)`", names)) == sorted(CHOICES)
 
 
 PROMISE = {"ttft_ms": 100, "tpot_ms": 10}
