@@ -32,6 +32,11 @@ Each message gives the problem, with the value, and the next step.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 SHOWN = 100
 """Most characters of a value in a message: a value can be a whole prompt."""
 
@@ -41,6 +46,36 @@ def quoted(value: object) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}…")
     return cut(repr(value), SHOWN)
+
+
+_IN_WORDS = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "greater_than_equal": "must be {ge} or more",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be {le} or less",
+    "less_than": "must be less than {lt}",
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+    "missing": "is missing",
+}
+"""Sentences for people by pydantic's type of error, with the names of its context."""
+
+
+def in_words(problem: ErrorDetails) -> str:
+    """Return an item of pydantic's `ValidationError.errors()` in words for people, without place and given value."""
+    if (words := _IN_WORDS.get(problem["type"])) is not None:
+        limits = problem.get("ctx", {}).items()
+        return words.format(
+            **{name: int(limit) if isinstance(limit, float) and limit.is_integer() else limit for name, limit in limits}
+        )
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def cut(text: str, most: int) -> str:

@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.gateway.errors import ApiError
 from services.gateway.metrics import UNAUTHORIZED
 from services.gateway.settings import KeyLimits
-from shared.errors import SettingsError
+from shared.errors import SettingsError, in_words
 from shared.runtime import logging
 from shared.runtime.settings import NAME_PATTERN
 
@@ -79,7 +79,7 @@ def parse(text: str, where: str) -> list[ApiKey]:
         first = error.errors(include_url=False, include_input=False)[0]
         place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
         raise SettingsError(
-            f"{where}: {place + ': ' if place else ''}{first['msg']}; `wisp keys new` writes such files"
+            f"{where}: {place + ': ' if place else ''}{in_words(first)}; `wisp keys new` writes such files"
         ) from None
     for field in ("id", "name"):
         values = [getattr(key, field) for key in keys]

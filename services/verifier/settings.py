@@ -69,6 +69,7 @@ class VerifierSettings(ServiceSettings, TargetSettings, SessionTtlSettings, Sess
     drain_s: float = Field(20.0, ge=0, description="longest time to finish accepted batches after SIGTERM, in seconds")
     emulated_cost: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         [],
+        examples=[[20, 0, 0, 0, 0, 0, 0]],
         description="coefficients of a cost model, as JSON: every batch takes at least the milliseconds that it "
         "predicts, to run more verifiers than there are cores; none in production",
     )

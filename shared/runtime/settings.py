@@ -26,7 +26,7 @@ from yarl import URL
 from shared.broker.connection import addresses
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import JournalLimits, Topology
-from shared.errors import SettingsError
+from shared.errors import SettingsError, in_words
 from shared.runtime.tls import Tls
 from shared.state.commits import SESSION_TTL_S
 
@@ -304,7 +304,7 @@ def read_devices(path: Path) -> list[str]:
     except OSError as error:
         raise SettingsError(f"devices {path}: {error.strerror or error}") from error
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]["msg"]
+        problem = in_words(error.errors(include_url=False)[0])
         raise SettingsError(
             f'devices {path}: {problem}; expected a JSON list of names, such as ["kitchen", "car-7"]'
         ) from error

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 from pydantic_settings import SettingsError as SourceError
 
+from shared.errors import in_words
 from shared.runtime.settings import WispSettings, variable
 
 SECRET = frozenset({"session_secret", "api_key"})
@@ -20,7 +21,11 @@ SECRET = frozenset({"session_secret", "api_key"})
 LIKE = 0.9
 """Similarity (`difflib`) from which an unknown variable is taken for a misspelt setting. No setting of one service is
 as similar as this to one of another service, nor is a variable that Kubernetes sets."""
-JSON_FORMS = {"list_type": "Input should be a list, as JSON", "dict_type": "Input should be an object, as JSON"}
+JSON_FORMS = {
+    "list_type": "must be a list, as JSON",
+    "dict_type": "must be an object, as JSON",
+    "model_type": "must be an object, as JSON",
+}
 """Descriptions of these errors of pydantic that say how to write the value in a variable."""
 
 S = TypeVar("S", bound=WispSettings)
@@ -53,12 +58,12 @@ def problems_of(error: ValidationError, *, options: bool = True) -> list[str]:
     kind = next((kind for kind in _kinds(WispSettings) if kind.__name__ == error.title), None)
     for item in error.errors():
         if not item["loc"]:  # a rule over several settings
-            problems.append(item["msg"].removeprefix("Value error, "))
+            problems.append(in_words(item))
             continue
         name, *inside = (str(part) for part in item["loc"])
         at = f" at {'.'.join(inside)}" if inside else ""
         given = "" if item["type"] == "missing" or name in SECRET else f" (given: {item['input']!r})"
-        message = JSON_FORMS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        message = JSON_FORMS.get(item["type"]) or in_words(item)
         instead = _for_example(kind, name) if kind is not None and name in kind.model_fields else ""
         called = f"{variable(name)} or --{name.replace('_', '-')}" if options else variable(name)
         problems.append(f"{called}{at}: {message}{given}{instead}")
@@ -98,8 +103,10 @@ def _for_example(kind: type[WispSettings], name: str) -> str:
 
 
 def _example(kind: type[WispSettings], name: str) -> str | None:
-    """Return a valid value of a setting as a variable's text: its default, else one that fits its type."""
+    """Return a valid value of a setting as a variable's text: its example, its default, or one that fits its type."""
     field = kind.model_fields[name]
+    if field.examples:
+        return as_variable(field.examples[0])
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     if default not in (None, "", [], {}):
         return as_variable(default)

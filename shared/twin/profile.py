@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from shared import cost
 from shared.cost.fit import VerifierFit
 from shared.cost.model import Shape
-from shared.errors import SettingsError, quoted
+from shared.errors import SettingsError, in_words, quoted
 from shared.messages import BatchShape, CostModel, Measurement
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -215,4 +215,4 @@ def _problem(one: ErrorDetails) -> str:
     if one["type"] == "extra_forbidden":
         return f"{place}there is no such field"
     given = f" (given: {quoted(one['input'])})" if isinstance(one["input"], str | int | float) else ""
-    return f"{place}{one['msg'].removeprefix('Value error, ')}{given}"
+    return f"{place}{in_words(one)}{given}"

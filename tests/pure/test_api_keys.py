@@ -37,7 +37,7 @@ def test_a_key_is_recognised_by_its_hash_alone() -> None:
     [
         ("{}", "array"),
         ("[", "JSON"),
-        ('[{"id": "0123456789ab"}]', "[0].name: Field required"),
+        ('[{"id": "0123456789ab"}]', "[0].name: is missing"),
         ("[1]", "[0]"),
     ],
 )

@@ -410,7 +410,7 @@ def test_up_records_its_api_and_ends_quietly_when_interrupted(state: Path, monke
         (
             "WISP_POLICY",
             "foo",
-            "WISP_POLICY: Input should be 'sled', 'fcfs', 'edf', 'wisp', 'wisp+' or 'adaserve' (given: 'foo')",
+            "WISP_POLICY: must be 'sled', 'fcfs', 'edf', 'wisp', 'wisp+' or 'adaserve' (given: 'foo')",
         ),
         ("WISP_WITHOUT", "trimming", 'for example WISP_WITHOUT=["estimator"]'),
         ("WISP_KV_HANDOFF_MB", "much", "for example WISP_KV_HANDOFF_MB=512"),

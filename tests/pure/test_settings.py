@@ -29,17 +29,17 @@ from shared.runtime.settings_loading import load, misspelt
         (
             SchedulerSettings,
             {"WISP_POLICY": "nope"},
-            "WISP_POLICY or --policy: Input should be 'sled', 'fcfs', 'edf', 'wisp', 'wisp+' or 'adaserve'",
+            "WISP_POLICY or --policy: must be 'sled', 'fcfs', 'edf', 'wisp', 'wisp+' or 'adaserve'",
         ),
         (SchedulerSettings, {"WISP_MAX_BATCH_MS": "fast"}, "(given: 'fast')"),
         (SchedulerSettings, {"WISP_NAMESPACE": "a b"}, "WISP_NAMESPACE"),
         (DrafterSettings, {"WISP_DRAFT_SOURCE": "model"}, "  draft_source is 'model', so draft_model must name"),
-        (DrafterSettings, {"WISP_STOP_RULE": "never"}, "Input should be 'fixed', 'entropy', 'predictor' or 'marginal'"),
+        (DrafterSettings, {"WISP_STOP_RULE": "never"}, "must be 'fixed', 'entropy', 'predictor' or 'marginal'"),
         (SchedulerSettings, {"WISP_WITHOUT": "trimming"}, "as JSON (given: 'trimming'); for example WISP_WITHOUT=[\""),
         (
             VerifierSettings,
             {"WISP_EMULATED_COST": "3"},
-            "(given: 3); for example WISP_EMULATED_COST=[0.5, 2.0]",
+            "(given: 3); for example WISP_EMULATED_COST=[20, 0, 0, 0, 0, 0, 0]",
         ),
         (GatewaySettings, {"WISP_SLO_CLASSES": "x"}, 'for example WISP_SLO_CLASSES={"priority": {"ttft_ms": 500,'),
         (
@@ -48,7 +48,7 @@ from shared.runtime.settings_loading import load, misspelt
             "WISP_SLO_CLASSES or --slo-classes at default.ttft_ms: ",
         ),
         (GatewaySettings, {"WISP_KEY_MAX_SESSIONS": "many"}, "for example WISP_KEY_MAX_SESSIONS=1"),
-        (DrafterSettings, {"WISP_HIDDEN_FORMAT": "int4"}, "Input should be 'bfloat16' or 'int8'"),
+        (DrafterSettings, {"WISP_HIDDEN_FORMAT": "int4"}, "must be 'bfloat16' or 'int8'"),
     ],
 )
 def test_an_invalid_setting_is_named(

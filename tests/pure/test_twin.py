@@ -287,8 +287,8 @@ def test_a_measured_profile_gives_the_time_of_its_coefficients() -> None:
     ("change", "message"),
     [
         ({"coefficients": [1.0]}, "coefficients: List should have at least 7 items"),
-        ({"coefficients": [1.0] * 6 + [-1.0]}, "greater than or equal to 0"),
-        ({"cache_tokens": 0}, "cache_tokens: Input should be greater than 0"),
+        ({"coefficients": [1.0] * 6 + [-1.0]}, "must be 0 or more"),
+        ({"cache_tokens": 0}, "cache_tokens: must be more than 0"),
         ({"speed": 1}, "speed: there is no such field"),
     ],
 )

@@ -11,9 +11,10 @@ from random import Random
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from services.drafter.core.draft import Draft
-from shared.errors import SettingsError
+from shared.errors import SettingsError, in_words
 
 MOST_JITTER = 10.0
 """Largest jitter, in units of its mean: one draw in 22,000 exceeds it."""
@@ -86,7 +87,7 @@ def parse_profile(text: str, name: str) -> HardwareProfile:
     try:
         return HardwareProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {_problem(e['type'], e['msg'])}" for e in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {_problem(e)}" for e in error.errors())
         raise SettingsError(
             f"hardware profile {name}: {problems}. A profile has draft (step_ms, prompt_ms), uplink and downlink "
             "(delay_ms, jitter_ms), all in milliseconds"
@@ -95,5 +96,5 @@ def parse_profile(text: str, name: str) -> HardwareProfile:
         raise SettingsError(f"hardware profile {name} is not TOML: {error}") from error
 
 
-def _problem(kind: str, message: str) -> str:
-    return {"missing": "missing", "extra_forbidden": "no such key"}.get(kind, message)
+def _problem(one: ErrorDetails) -> str:
+    return "no such key" if one["type"] == "extra_forbidden" else in_words(one)

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import err, errors_shown
 from shared.broker.access import definitions, device_definitions, joined, user_of
 from shared.broker.topology import DEFAULT_POOL, ROLES, Topology, device_name
 from shared.errors import SettingsError
 from shared.runtime.files import replacing
 
-app = typer.Typer(help="Set up a RabbitMQ of your own.", no_args_is_help=True)
+app = Program(help="Set up a RabbitMQ of your own.", no_args_is_help=True)
 
 
 @app.command("definitions")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown, out, require
 
 if TYPE_CHECKING:
     from services.tools.training.controller import PredictorReport, SourceReport
 
-app = typer.Typer(help="Train the controller that decides the length of drafts.", no_args_is_help=True)
+app = Program(help="Train the controller that decides the length of drafts.", no_args_is_help=True)
 
 
 @app.callback()

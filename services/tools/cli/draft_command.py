@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown, out, require
 
 if TYPE_CHECKING:
     from services.tools.training.run import TrainingRun
 
-app = typer.Typer(help="Train and evaluate draft models that read the target's hidden states.", no_args_is_help=True)
+app = Program(help="Train and evaluate draft models that read the target's hidden states.", no_args_is_help=True)
 
 Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")]
 SettingsFile = Annotated[

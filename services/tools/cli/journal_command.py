@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
+from services.tools.cli.program import Program
 from services.tools.cli.replay.options import AmqpUrl, Namespace, Since, Until
 from services.tools.cli.terminal import errors_shown, out, run
 
-app = typer.Typer(
-    help="Export, import or delete a suite's recorded messages (WISP_JOURNAL=true).", no_args_is_help=True
-)
+app = Program(help="Export, import or delete a suite's recorded messages (WISP_JOURNAL=true).", no_args_is_help=True)
 
 
 @app.command("export")

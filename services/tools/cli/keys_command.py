@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import err, errors_shown, out
 from shared.errors import SettingsError
 from shared.runtime.files import behind_links, replacing
@@ -20,7 +21,7 @@ from shared.runtime.files import behind_links, replacing
 if TYPE_CHECKING:
     from services.gateway.keys import ApiKey
 
-app = typer.Typer(help="Create, list and revoke the API keys of a gateway.", no_args_is_help=True)
+app = Program(help="Create, list and revoke the API keys of a gateway.", no_args_is_help=True)
 
 File = Annotated[
     Path | None, typer.Option("--file", help="File of API keys. \\[env: WISP_API_KEYS_FILE]", show_default=False)

@@ -8,6 +8,7 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperCommand
 
 from services.tools.cli import (
     broker_command,
@@ -27,8 +27,10 @@ from services.tools.cli import (
     top_command,
     trace_command,
 )
+from services.tools.cli.program import Program, ProgramCommand
 from services.tools.cli.replay import command as replay_command
 from services.tools.cli.stack_options import (
+    API_PANEL,
     DraftersOption,
     DraftModelOption,
     DraftOption,
@@ -46,13 +48,9 @@ from services.tools.cli.stack_options import (
     stack_for,
 )
 from services.tools.cli.terminal import err, errors_shown, out, print_fields, require, run, stopped_by_signals
+from shared.errors import quoted
 
-app = typer.Typer(
-    name="wisp",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = Program(name="wisp", no_args_is_help=True)
 app.add_typer(models_command.app, name="models")
 app.add_typer(draft_command.app, name="draft")
 app.add_typer(controller_command.app, name="controller")
@@ -79,8 +77,18 @@ def wisp(
     """Serve a language model by distributed speculative decoding."""
 
 
-class BenchCommand(TyperCommand):
-    """`wisp bench`. Its `--help` has a line for each benchmark, the first of the program's docstring."""
+class BenchCommand(ProgramCommand):
+    """`wisp bench`. Its `--help` has a line for each benchmark, the first of the program's docstring.
+
+    All that follows a benchmark's name belongs to the benchmark, `--help` too.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Leave what follows the name to the benchmark."""
+        name, *rest = args or [""]
+        if name in list(Benchmark) and rest[:1] != ["--"]:
+            args = [name, "--", *rest]
+        return super().parse_args(ctx, args)
 
     def format_help(self, *arguments: Any) -> None:
         """Write the help, and the list of the benchmarks below it."""
@@ -121,6 +129,14 @@ class Benchmark(StrEnum):
         return docstring.partition("\n")[0].partition(": ")[2]
 
 
+def _known_benchmark(name: str) -> str:
+    if name not in list(Benchmark):
+        nearest = get_close_matches(name, list(Benchmark), 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(Benchmark)}"
+        raise typer.BadParameter(f"there is no benchmark {quoted(name)}; {hint}")
+    return name
+
+
 BENCHMARK_EXTRAS = {
     Benchmark.DRAFT: ("model", "training", "bench"),
     Benchmark.GATEWAY: ("gateway", "model"),
@@ -137,22 +153,35 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """For commands that hand their arguments to another program."""
 
 UrlOption = Annotated[
-    str | None, typer.Option("--url", help="URL of a running gateway, ending in /v1. \\[default: a stack of its own]")
+    str | None,
+    typer.Option(
+        "--url",
+        help="URL of a running gateway, ending in /v1. \\[default: a stack of its own]",
+        rich_help_panel=API_PANEL,
+    ),
 ]
 KeyOption = Annotated[
     str | None,
-    typer.Option("--key", help="API key, if the gateway needs one. \\[env: WISP_API_KEY, OPENAI_API_KEY]"),
+    typer.Option(
+        "--key",
+        help="API key, if the gateway needs one. \\[env: WISP_API_KEY, OPENAI_API_KEY]",
+        rich_help_panel=API_PANEL,
+    ),
 ]
 
 
 @app.command(cls=StackCommand)
 def up(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the API; 0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the API; 0 takes a free one.", rich_help_panel=API_PANEL)
+    ] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address of the API. Any other than loopback needs --api-keys.")
+        str,
+        typer.Option(help="Address of the API. Any other than loopback needs --api-keys.", rich_help_panel=API_PANEL),
     ] = "127.0.0.1",
     api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys (`wisp keys new`). \\[env: WISP_API_KEYS_FILE]")
+        Path | None,
+        typer.Option(help="File of API keys (`wisp keys new`). \\[env: WISP_API_KEYS_FILE]", rich_help_panel=API_PANEL),
     ] = None,
     target: TargetOption = None,
     dtype: DtypeOption = None,
@@ -212,7 +241,10 @@ def demo(
     draft_model: DraftModelOption = None,
     hidden_draft: HiddenDraftOption = None,
     rounds: Annotated[
-        bool, typer.Option("--rounds", help="Draw the first rounds of each answer: times and tokens.")
+        bool,
+        typer.Option(
+            "--rounds", help="Draw the first rounds of each answer: times and tokens.", rich_help_panel="Answers"
+        ),
     ] = False,
 ) -> None:
     """Ask three questions and compare the answers with plain decoding; exit status 1 if they differ."""
@@ -245,7 +277,8 @@ def chat(
         str | None,
         typer.Option(
             help="URL of a running gateway, ending in /v1. \\[default: of the suite that `wisp up` runs here, unless "
-            "options describe another; else a stack of its own]"
+            "options describe another; else a stack of its own]",
+            rich_help_panel=API_PANEL,
         ),
     ] = None,
     key: KeyOption = None,
@@ -255,8 +288,12 @@ def chat(
     draft: DraftOption = None,
     draft_model: DraftModelOption = None,
     hidden_draft: HiddenDraftOption = None,
-    system: Annotated[str | None, typer.Option(help="System message. \\[default: the model's own]")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy.")] = 0.2,
+    system: Annotated[
+        str | None, typer.Option(help="System message. \\[default: the model's own]", rich_help_panel="Answers")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy.", rich_help_panel="Answers")
+    ] = 0.2,
 ) -> None:
     """Chat with the model in the terminal; accepted draft tokens are coloured."""
     with errors_shown():
@@ -323,11 +360,14 @@ def settings(
 
 
 @app.command(cls=BenchCommand, context_settings=PASSED_ON)
-def bench(context: typer.Context, name: Benchmark) -> None:
-    """Run a benchmark with its own options: `wisp bench stream -- --help` lists them."""
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(callback=_known_benchmark, help="A benchmark of the list below.")],
+) -> None:
+    """Run a benchmark with its own options: `wisp bench stream --help` lists them."""
     with errors_shown():
-        require(*BENCHMARK_EXTRAS.get(name, ("model",)))
-        _replace_by(f"services.tools.bench.{name.value}", context)
+        require(*BENCHMARK_EXTRAS.get(Benchmark(name), ("model",)))
+        _replace_by(f"services.tools.bench.{name}", context)
 
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown, out
 from shared.models.folder import AUTO, DTYPES
 
-app = typer.Typer(help="Prepare, check and list the models on this machine.", no_args_is_help=True)
+app = Program(help="Prepare, check and list the models on this machine.", no_args_is_help=True)
 
 
 @app.command("prepare")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
+from services.tools.cli.program import ProgramCommand
 from services.tools.cli.terminal import out
 from shared.errors import SettingsError
 
@@ -48,7 +48,7 @@ def _known_draft_source(name: str | None) -> str | None:
     return name
 
 
-class StackCommand(TyperCommand):
+class StackCommand(ProgramCommand):
     """A command with `--draft`. Its `--help` looks the choices up, so that no other command loads them."""
 
     def format_help(self, *arguments: Any) -> None:
@@ -59,9 +59,19 @@ class StackCommand(TyperCommand):
         super().format_help(*arguments)
 
 
+API_PANEL = "API"
+MODEL_PANEL = "Model"
+PROCESSES_PANEL = "Processes"
+DRAFTS_PANEL = "Drafts"
+TWIN_PANEL = "Emulated hardware"
+
 TargetOption = Annotated[
     str | None,
-    typer.Option("--target", help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]"),
+    typer.Option(
+        "--target",
+        help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]",
+        rich_help_panel=MODEL_PANEL,
+    ),
 ]
 DtypeOption = Annotated[
     Dtype | None,
@@ -69,17 +79,34 @@ DtypeOption = Annotated[
         "--dtype",
         help="Format of the target's weights. \\[default: auto: gguf for a GGUF file, whose blocks it keeps; else "
         "bfloat16]",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
-DraftersOption = Annotated[int, typer.Option("--drafters", min=1, help="Drafter processes.")]
-ServedDraftersOption = Annotated[
-    int, typer.Option("--drafters", min=0, help="Drafter processes; with 0, sessions are decoded without drafts.")
+DraftersOption = Annotated[
+    int, typer.Option("--drafters", min=1, help="Drafter processes.", rich_help_panel=PROCESSES_PANEL)
 ]
-VerifiersOption = Annotated[int, typer.Option("--verifiers", min=1, help="Verifier processes; they share the cores.")]
+ServedDraftersOption = Annotated[
+    int,
+    typer.Option(
+        "--drafters",
+        min=0,
+        help="Drafter processes; with 0, sessions are decoded without drafts.",
+        rich_help_panel=PROCESSES_PANEL,
+    ),
+]
+VerifiersOption = Annotated[
+    int,
+    typer.Option(
+        "--verifiers", min=1, help="Verifier processes; they share the cores.", rich_help_panel=PROCESSES_PANEL
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, help="CPU threads of each verifier, or of the baseline. \\[default: its share of the cores]"
+        "--threads",
+        min=1,
+        help="CPU threads of each verifier, or of the baseline. \\[default: its share of the cores]",
+        rich_help_panel=PROCESSES_PANEL,
     ),
 ]
 DraftOption = Annotated[
@@ -88,15 +115,19 @@ DraftOption = Annotated[
         "--draft",
         callback=_known_draft_source,
         help="Draft source. \\[default: combined if there is a draft model for the target, else lookup]",
+        rich_help_panel=DRAFTS_PANEL,
     ),
 ]
 DraftModelOption = Annotated[
-    Path | None, typer.Option("--draft-model", help="Folder of a draft model, for --draft model.")
+    Path | None,
+    typer.Option("--draft-model", help="Folder of a draft model, for --draft model.", rich_help_panel=DRAFTS_PANEL),
 ]
 HiddenDraftOption = Annotated[
     Path | None,
     typer.Option(
-        "--hidden-draft", help="Folder written by `wisp draft train`. \\[default: the draft shipped with WISP]"
+        "--hidden-draft",
+        help="Folder written by `wisp draft train`. \\[default: the draft shipped with WISP]",
+        rich_help_panel=DRAFTS_PANEL,
     ),
 ]
 TargetProfileOption = Annotated[
@@ -105,11 +136,16 @@ TargetProfileOption = Annotated[
         "--target-profile",
         help="Serve the twin of a target on hardware that is not here: a shipped profile, such as a100-qwen3-32b, or "
         "a file of `wisp calibrate`. Answers are random words, or those of --trace.",
+        rich_help_panel=TWIN_PANEL,
     ),
 ]
 TraceOption = Annotated[
     str | None,
-    typer.Option("--trace", help="Trace of --target-profile: a shipped name, or a file of `wisp trace record`."),
+    typer.Option(
+        "--trace",
+        help="Trace of --target-profile: a shipped name, or a file of `wisp trace record`.",
+        rich_help_panel=TWIN_PANEL,
+    ),
 ]
 ServingOption = Annotated[
     ServingChoice,
@@ -117,6 +153,7 @@ ServingOption = Annotated[
         "--serving",
         help="wisp: the suite. Baselines without brokers, in one process: centralized decodes plainly, colocated "
         "drafts beside the target.",
+        rich_help_panel=PROCESSES_PANEL,
     ),
 ]
 

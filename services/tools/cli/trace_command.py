@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown, require
 
-app = typer.Typer(help="Record a target's answers and its draft's tokens, for twins.", no_args_is_help=True)
+app = Program(help="Record a target's answers and its draft's tokens, for twins.", no_args_is_help=True)
 OutOption = Annotated[Path, typer.Option("--out", help="File to write (.npz).")]
 SourceArgument = Annotated[str, typer.Argument(help="A trace: a shipped name, or a file.")]
 

@@ -15,6 +15,7 @@ from services.tools.bench.load.campaign import CapacitySearch
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.support.options import whole_numbers
 from services.tools.bench.support.report import terminal
+from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
 from services.tools.simulator.arms import SCENARIOS, hardware_of, read, shipped
@@ -34,7 +35,13 @@ MOST_S = 1e6
 """Longest phase of a point, in virtual seconds."""
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+ARMS_PANEL = "Arms and points"
+SEARCH_PANEL = "Search for the capacity"
+TIME_PANEL = "Length of a point"
+SCENARIO_PANEL = "Scenario"
+RESULTS_PANEL = "Results"
+
+app = Program()
 
 
 @app.command()
@@ -43,41 +50,86 @@ def main(
         str, typer.Argument(help=f"YAML file, or one of {', '.join(shipped(SCENARIOS, '.yaml'))}.")
     ] = "paper-a100",
     arms: Annotated[
-        str, typer.Option(help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.")
+        str,
+        typer.Option(
+            help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.", rich_help_panel=ARMS_PANEL
+        ),
     ] = ARMS,
     sessions: Annotated[
-        str | None, typer.Option(help=f"Numbers of devices to simulate. \\[default: {SESSIONS}; with --search: none]")
+        str | None,
+        typer.Option(
+            help=f"Numbers of devices to simulate. \\[default: {SESSIONS}; with --search: none]",
+            rich_help_panel=ARMS_PANEL,
+        ),
     ] = None,
     search: Annotated[
-        bool, typer.Option("--search", help="Search for the capacity: the most devices whose requests attain.")
+        bool,
+        typer.Option(
+            "--search",
+            help="Search for the capacity: the most devices whose requests attain.",
+            rich_help_panel=SEARCH_PANEL,
+        ),
     ] = False,
-    first: Annotated[int, typer.Option(min=1, help="Devices at which a search starts.")] = 8,
-    most: Annotated[int, typer.Option(min=1, max=MOST_SESSIONS, help="Most devices of a search.")] = 512,
+    first: Annotated[
+        int, typer.Option(min=1, help="Devices at which a search starts.", rich_help_panel=SEARCH_PANEL)
+    ] = 8,
+    most: Annotated[
+        int, typer.Option(min=1, max=MOST_SESSIONS, help="Most devices of a search.", rich_help_panel=SEARCH_PANEL)
+    ] = 512,
     tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="Resolution of a search, as a share of the capacity.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Resolution of a search, as a share of the capacity.", rich_help_panel=SEARCH_PANEL
+        ),
     ] = 0.05,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of each point, each with a seed of its own.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first run of each point.")] = 1,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Runs of each point, each with a seed of its own.", rich_help_panel=ARMS_PANEL)
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first run of each point.", rich_help_panel=ARMS_PANEL)
+    ] = 1,
     warm_up: Annotated[
-        float, typer.Option(min=0, max=MOST_S, help="Virtual seconds of load before the window.")
+        float,
+        typer.Option(min=0, max=MOST_S, help="Virtual seconds of load before the window.", rich_help_panel=TIME_PANEL),
     ] = 20.0,
     measured: Annotated[
-        float, typer.Option("--measure", min=1, max=MOST_S, help="Virtual seconds in which requests count.")
+        float,
+        typer.Option(
+            "--measure", min=1, max=MOST_S, help="Virtual seconds in which requests count.", rich_help_panel=TIME_PANEL
+        ),
     ] = 60.0,
     drain: Annotated[
-        float, typer.Option(min=0, max=MOST_S, help="Longest wait for these requests, in virtual seconds.")
+        float,
+        typer.Option(
+            min=0, max=MOST_S, help="Longest wait for these requests, in virtual seconds.", rich_help_panel=TIME_PANEL
+        ),
     ] = 30.0,
     swept: Annotated[
         list[str] | None,
-        typer.Option("--sweep", help="Search at each value: --sweep acceptance.mean=0.5,0.9. Twice makes a map."),
+        typer.Option(
+            "--sweep",
+            help="Search at each value: --sweep acceptance.mean=0.5,0.9. Twice makes a map.",
+            rich_help_panel=SEARCH_PANEL,
+        ),
     ] = None,
-    advise: Annotated[bool, typer.Option("--advise", help="Search, and recommend a way of serving.")] = False,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Search, and recommend a way of serving.", rich_help_panel=SEARCH_PANEL)
+    ] = False,
     change: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a field: --set acceptance.mean=0.6. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Replace a field: --set acceptance.mean=0.6. Repeatable.", rich_help_panel=SCENARIO_PANEL
+        ),
     ] = None,
-    print_scenario: Annotated[bool, typer.Option("--print", help="Print the scenario's file and exit.")] = False,
-    processes: Annotated[int, typer.Option(min=0, help="Points at a time; 0 takes all cores.")] = 0,
-    name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = "simulation",
+    print_scenario: Annotated[
+        bool, typer.Option("--print", help="Print the scenario's file and exit.", rich_help_panel=SCENARIO_PANEL)
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Points at a time; 0 takes all cores.", rich_help_panel=ARMS_PANEL)
+    ] = 0,
+    name: Annotated[
+        str, typer.Option(help="Name of the result files in .wisp/results.", rich_help_panel=RESULTS_PANEL)
+    ] = "simulation",
 ) -> None:
     """Simulate a fleet of devices and verifiers in virtual time, each arm with the same requests."""
     with errors_shown():

@@ -27,7 +27,7 @@ from services.tools.bench.load.core.distributions import (
 from services.tools.bench.load.core.requests import LoadRequest
 from services.tools.bench.load.prompts import conversation
 from services.tools.training.prompts import RAW_KIND, corpus
-from shared.errors import SettingsError
+from shared.errors import SettingsError, in_words
 from shared.runtime.settings import NAME_PATTERN
 from shared.slo import Promise
 
@@ -152,7 +152,7 @@ def workload_of(text: str, seed: int | None = None) -> Workload:
         return Workload.model_validate(fields)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(str(step) for step in one['loc']) or 'workload'}: {one['msg']}"
+            f"{'.'.join(str(step) for step in one['loc']) or 'workload'}: {in_words(one)}"
             for one in error.errors(include_url=False)
         ]
         raise SettingsError(

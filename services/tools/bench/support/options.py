@@ -9,24 +9,34 @@ from typing import Annotated
 
 import typer
 
+from services.tools.cli.program import Program
 from services.tools.local.progress import Progress
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
 from shared.errors import SettingsError
 
+TARGET_PANEL = "Target"
+
 TargetOption = Annotated[
-    str | None, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]")
+    str | None,
+    typer.Option(
+        help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]",
+        rich_help_panel=TARGET_PANEL,
+    ),
 ]
 ModelOption = Annotated[str, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file.")]
 DtypeOption = Annotated[
-    str, typer.Option(help="Format of the target's weights: auto, bfloat16, float32, int8 or gguf.")
+    str,
+    typer.Option(
+        help="Format of the target's weights: auto, bfloat16, float32, int8 or gguf.", rich_help_panel=TARGET_PANEL
+    ),
 ]
 EngineThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
 
 
 def run_program(main: Callable[..., None], name: str) -> None:
     """Run the program with the command line's arguments. name: as users type it, for the usage line."""
-    program = typer.Typer(add_completion=False)
+    program = Program()
     program.command()(main)
     program(prog_name=name)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from services.tools.cli.replay.options import AmqpUrl, Namespace, Since, Until
+from services.tools.cli.replay.options import RECORDING, AmqpUrl, Namespace, Since, Until
 from services.tools.cli.terminal import err, errors_shown, out, print_fields, require
 from shared.errors import SettingsError
 
@@ -18,22 +18,34 @@ if TYPE_CHECKING:
 
 VERIFY_LIMIT_S = 600.0
 """Default limit on the time of --verify."""
+SHOW = "Timelines"
+VERIFY = "Compute the batches again"
+POLICY = "Replay under another batch policy"
+INJECT = "Send the requests to another suite"
 
-File = Annotated[Path | None, typer.Option(help="A file by `wisp journal export` in place of the live journal.")]
+File = Annotated[
+    Path | None,
+    typer.Option(help="A file by `wisp journal export` in place of the live journal.", rich_help_panel=RECORDING),
+]
 
 
 def replay(
     session: Annotated[
         str | None, typer.Argument(help="A session's id or the beginning of it. \\[default: list all sessions]")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Show the timelines of all sessions.")] = False,
-    steps: Annotated[bool, typer.Option("--steps", help="Show the steps of runs too, report by report.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show the timelines of all sessions.", rich_help_panel=SHOW)
+    ] = False,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Show the steps of runs too, report by report.", rich_help_panel=SHOW)
+    ] = False,
     since: Since = None,
     until: Until = None,
     file: File = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=SHOW)] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or speedscope.")
+        Path | None,
+        typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or speedscope.", rich_help_panel=SHOW),
     ] = None,
     verify: Annotated[
         bool,
@@ -41,38 +53,67 @@ def replay(
             "--verify",
             help="Compute the batches again and compare bit for bit; exit status 1 if they differ, 3 if they "
             "differ only where the recording is of another arithmetic.",
+            rich_help_panel=VERIFY,
         ),
     ] = False,
     sessions: Annotated[
-        int | None, typer.Option(min=1, help="For --verify: only so many sessions, the latest. \\[default: all]")
+        int | None,
+        typer.Option(
+            min=1, help="For --verify: only so many sessions, the latest. \\[default: all]", rich_help_panel=VERIFY
+        ),
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option(min=0, help="For --verify: seconds of computing; 0 has no limit. \\[default: 600]")
+        float | None,
+        typer.Option(
+            min=0, help="For --verify: seconds of computing; 0 has no limit. \\[default: 600]", rich_help_panel=VERIFY
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Replay the same requests in virtual time under this batch policy; may be repeated."),
+        typer.Option(
+            help="Replay the same requests in virtual time under this batch policy; may be repeated.",
+            rich_help_panel=POLICY,
+        ),
     ] = None,
     stop_rule: Annotated[
-        str | None, typer.Option(help="For --policy: `marginal` decides anew how much of each draft is sent.")
+        str | None,
+        typer.Option(
+            help="For --policy: `marginal` decides anew how much of each draft is sent.", rich_help_panel=POLICY
+        ),
     ] = None,
     draft_length: Annotated[
-        int | None, typer.Option(min=0, help="For --policy: cut drafts to this length; 0 is plain decoding.")
+        int | None,
+        typer.Option(
+            min=0, help="For --policy: cut drafts to this length; 0 is plain decoding.", rich_help_panel=POLICY
+        ),
     ] = None,
     inject: Annotated[
         bool,
-        typer.Option("--inject", help="Send the recorded requests to a suite in another virtual host (--vhost)."),
+        typer.Option(
+            "--inject",
+            help="Send the recorded requests to a suite in another virtual host (--vhost).",
+            rich_help_panel=INJECT,
+        ),
     ] = False,
-    vhost: Annotated[str | None, typer.Option(help="For --inject: the virtual host; never the live one.")] = None,
+    vhost: Annotated[
+        str | None, typer.Option(help="For --inject: the virtual host; never the live one.", rich_help_panel=INJECT)
+    ] = None,
     into: Annotated[
-        str | None, typer.Option(help="For --inject: the namespace of that suite. \\[default: wisp]")
+        str | None,
+        typer.Option(help="For --inject: the namespace of that suite. \\[default: wisp]", rich_help_panel=INJECT),
     ] = None,
     redis_url: Annotated[
-        str | None, typer.Option(help="For --inject: the Redis of that suite. \\[env: WISP_REDIS_URL]")
+        str | None,
+        typer.Option(help="For --inject: the Redis of that suite. \\[env: WISP_REDIS_URL]", rich_help_panel=INJECT),
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.001, help="For --inject: times the recorded speed.")] = 1.0,
+    speed: Annotated[
+        float, typer.Option(min=0.001, help="For --inject: times the recorded speed.", rich_help_panel=INJECT)
+    ] = 1.0,
     target: Annotated[
-        str | None, typer.Option(help="Target model, for --verify and for the text of tokens. \\[env: WISP_TARGET]")
+        str | None,
+        typer.Option(
+            help="Target model, for --verify and for the text of tokens. \\[env: WISP_TARGET]", rich_help_panel=SHOW
+        ),
     ] = None,
     namespace: Namespace = None,
     amqp_url: AmqpUrl = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.errors import SettingsError
+from shared.errors import SettingsError, in_words
 from shared.messages import Slo
 
 NUMBERS_PER_POINT = 1 << 12
@@ -101,7 +101,7 @@ def from_lines(text: str) -> RecordedRequests:
         except ValidationError as error:
             one = error.errors(include_url=False)[0]
             where = ".".join(str(step) for step in one["loc"])
-            raise SettingsError(f"line {number} of the requests: {where}: {one['msg']}") from error
+            raise SettingsError(f"line {number} of the requests: {where}: {in_words(one)}") from error
     if not found:
         raise SettingsError("the file of requests is empty; write one with --write-requests")
     return RecordedRequests(found)
