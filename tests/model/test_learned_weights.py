@@ -36,6 +36,7 @@ from services.drafter.sources import Draft, DraftRequest
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.bench.draft.one_process import tokens_per_second
 from services.tools.bench.learning.__main__ import NO_COSTS, observed
+from services.tools.training.answering import EngineTarget
 from services.tools.training.evaluate import Summary, rounds
 from services.tools.training.generate import Assignment, generate
 from services.tools.training.shards import GeneratedText
@@ -73,7 +74,7 @@ def texts(target: ModelFolder) -> list[GeneratedText]:
     engine = Engine(target.path, dtype="float32", budget_tokens=8192, keep_hidden=True)
     random = np.random.default_rng(4)
     asked = [Assignment(i, "code", random.integers(2, 40, 12).tolist(), 0.3, 60) for i in range(60)]
-    made = generate(engine, asked, frozenset(), 1, 16, serving_noise=True)
+    made = generate(EngineTarget(engine, 16), asked, frozenset(), 1, serving_noise=True)
     return sorted(made, key=lambda text: text.origin)
 
 

@@ -15,6 +15,7 @@ from tiny_families import FAMILIES
 from transformers import LlamaConfig, Qwen3Config
 
 from services.drafter.control import Controller
+from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.learning import update
@@ -22,10 +23,12 @@ from services.drafter.learning.loss import Losses, losses
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.draft_stages import train_draft
 from services.tools.training import prompts, shards
+from services.tools.training.answering import BatchTarget, EngineTarget
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
+from services.tools.training.generate import Assignment, generate
 from services.tools.training.run import TrainingRun
-from services.tools.training.train import TrainingProgress
+from services.tools.training.train import TrainingProgress, frequent_tokens
 from shared.engine import Engine, Step
 from shared.errors import ModelError, SettingsError
 from shared.models.folder import ModelFolder
@@ -95,6 +98,81 @@ def test_texts_have_the_states_that_the_target_computes(run: TrainingRun) -> Non
     engine.attach("again", ids)
     engine.forward([Step("again", ids[:-1], rows=0)])
     assert torch.equal(engine.hidden("again", 0, len(ids)).bfloat16(), text.hidden[:-1])
+
+
+def test_the_batch_target_computes_what_the_engine_computes(run: TrainingRun) -> None:
+    texts = sorted(shards.load_all(run.texts), key=lambda text: -len(text.tokens))[:6]
+    engine = Engine(run.target.path, dtype="float32", budget_tokens=6 * 128, keep_hidden=True)
+    batch = BatchTarget(run.target, texts=3, longest=72, threads=1, dtype=torch.float32)
+    serving = EngineTarget(engine, 6)
+    # Other texts come and go between steps, so that blocks are used again.
+    for pair in (texts[:3], texts[3:]):
+        for text in pair:
+            batch.start(str(text.origin))
+            serving.start(str(text.origin))
+        done = [0] * len(pair)
+        while any(n < len(text.tokens) for n, text in zip(done, pair, strict=True)):
+            steps = [
+                Step(str(text.origin), text.tokens[n : n + (24 if n == 0 else 1)].tolist())
+                for n, text in zip(done, pair, strict=True)
+                if n < len(text.tokens)
+            ]
+            logits = batch.forward(steps)
+            assert logits.shape == (len(steps), run.target.vocab_size)
+            torch.testing.assert_close(logits, serving.forward(steps), atol=1e-4, rtol=1e-4)
+            done = [min(len(text.tokens), n + (24 if n == 0 else 1)) for n, text in zip(done, pair, strict=True)]
+        for text in pair:
+            states = batch.states(str(text.origin), len(text.tokens))
+            expected = serving.states(str(text.origin), len(text.tokens))
+            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+            batch.release(str(text.origin))
+
+
+def test_texts_of_the_batch_target_are_the_targets(run: TrainingRun) -> None:
+    asked = [Assignment(i, "chat", [5, 6, 7 + i], 0.0, 20) for i in range(9)]
+    batch = BatchTarget(run.target, texts=4, longest=32, threads=1, dtype=torch.float32)
+    made = {text.origin: text for text in generate(batch, asked, frozenset(), 1)}
+    assert sorted(made) == list(range(9)), "4 at once, each in its turn"
+    engine = Engine(run.target.path, dtype="float32", keep_hidden=True)
+    alone = {text.origin: text for text in generate(EngineTarget(engine, 1), asked, frozenset(), 1)}
+    assert all(made[i].tokens.tolist() == alone[i].tokens.tolist() for i in made)
+    assert all(len(text.tokens) == 23 and len(text.hidden) == 23 for text in made.values())
+
+
+def test_tokens_are_drawn_as_often_as_the_softmax_says() -> None:
+    random = torch.Generator().manual_seed(2)
+    logits = torch.randn(1, 700, generator=random) * 2
+    texts = 8000
+    asked = Assignment(0, "chat", [1], 0.7, 1)
+    target = _Always(logits, texts)
+    drawn = [int(text.tokens[-1]) for text in generate(target, [asked] * texts, frozenset(), 1)]
+    shares = torch.softmax(logits[0] / 0.7, -1)
+    seen = torch.bincount(torch.tensor(drawn), minlength=700) / texts
+    spread = (shares * (1 - shares) / texts).sqrt()
+    assert ((seen - shares).abs() < 6 * spread + 1 / texts).all()
+    assert float((seen - shares).abs().sum()) < 1.5 * float(spread.sum())
+    greedy = Assignment(0, "chat", [1], 0.0, 1)
+    (text,) = generate(_Always(logits, 1), [greedy], frozenset(), 1)
+    assert int(text.tokens[-1]) == int(logits.argmax())
+
+
+class _Always:
+    """A target whose logits never change."""
+
+    longest = 8
+
+    def __init__(self, logits: torch.Tensor, texts: int) -> None:
+        self.logits, self.texts = logits, texts
+
+    def start(self, name: str) -> None: ...
+
+    def forward(self, steps: Sequence[Step]) -> torch.Tensor:
+        return self.logits.expand(len(steps), -1).clone()
+
+    def states(self, name: str, count: int) -> torch.Tensor:
+        return torch.zeros(count, 4)
+
+    def release(self, name: str) -> None: ...
 
 
 def test_a_resumed_generation_answers_only_the_missing_prompts(run: TrainingRun) -> None:
@@ -252,6 +330,31 @@ def test_a_stopped_training_resumes_from_its_checkpoint(
     assert again == [], "every stage was done"
     source = torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(source[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_draft_is_trained_further(
+    run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]], tmp_path: Path
+) -> None:
+    folder, reported = trained
+    stage = {"steps": 1, "tokens": 500, "learning_rate": 1e-4}
+    more = Config.model_validate(SETTINGS | {"training": SETTINGS["training"] | {"stages": [stage]}})
+    further = TrainingRun(more, run.target, tmp_path / "run", folder)
+    shutil.copytree(run.texts, further.texts)
+    first: list[TrainingProgress] = []
+    further.save(further.train(first.append), tmp_path / "draft")
+    assert first[0].agreement[0] > 0.8 * reported[-1].agreement[0], "it began where the other ended"
+    assert not torch.equal(*(weights.load(one, torch.float32)[0].fc.weight for one in (
+        folder, HiddenDraftFolder.open(tmp_path / "draft")
+    )))  # fmt: skip
+    other = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 1}})
+    with pytest.raises(SettingsError, match=r"of another shape than \[model\] .* leave out --from"):
+        TrainingRun(other, run.target, tmp_path / "run", folder).config_of_model()
+
+
+def test_known_tokens_win_among_equally_frequent_ones() -> None:
+    text = shards.GeneratedText(torch.tensor([3, 3, 5]), torch.zeros(3, 4), 1, 0, 1.0, "chat")
+    assert frequent_tokens([text], 8, 4).tolist() == [3, 5, 0, 1]
+    assert frequent_tokens([text], 8, 4, torch.tensor([1, 6])).tolist() == [3, 5, 1, 6]
 
 
 def test_a_checkpoint_of_another_shape_is_refused(

@@ -38,6 +38,10 @@ def train(
     target: Target = None,
     settings: SettingsFile = None,
     run: RunFolder = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder of a draft to train further. \\[default: start anew]", exists=True),
+    ] = None,
 ) -> None:
     """Train a draft: prompts, the target's answers, training, evaluation. A stopped run continues where it stopped.
 
@@ -47,7 +51,7 @@ def train(
         require("model", "training")
         from services.tools.cli.draft_stages import train_draft
 
-        train_draft(_run(target, settings, run), to)
+        train_draft(_run(target, settings, run, start), to)
 
 
 @app.command()
@@ -77,7 +81,8 @@ def evaluate(
             evaluate_draft(chosen, draft)
 
 
-def _run(target: str | None, settings: Path | None, folder: Path | None) -> TrainingRun:
+def _run(target: str | None, settings: Path | None, folder: Path | None, start: Path | None = None) -> TrainingRun:
+    from services.drafter.hidden.card import HiddenDraftFolder
     from services.tools.local.folder import state_folder
     from services.tools.local.progress import ConsoleProgress
     from services.tools.local.settings import LocalSettings
@@ -88,4 +93,9 @@ def _run(target: str | None, settings: Path | None, folder: Path | None) -> Trai
 
     config = Config.read(settings) if settings else Config.model_validate({})
     model = ModelFolder(prepare_target(target or LocalSettings().target, ConsoleProgress(out)))
-    return TrainingRun(config, model, folder or state_folder() / "training" / model.name)
+    return TrainingRun(
+        config,
+        model,
+        folder or state_folder() / "training" / model.name,
+        None if start is None else HiddenDraftFolder.open(start),
+    )

@@ -1,6 +1,6 @@
 """Generation: the target answers prompts, and its hidden states are stored for the training of the draft model.
 
-Continuous batching on the serving engine: when a text ends, the next prompt takes its place at once, and is computed
+Continuous batching: when a text ends, the next prompt takes its place at once, and is computed
 beside the other texts' next tokens. Texts for training are drawn with ordinary random numbers. Texts for evaluation are
 drawn with the noise of serving (`shared.sampling.sampler`, with an assignment's `origin` as seed), so that drafting
 them can be repeated exactly without the target.
@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from services.tools.training import shards
-from shared.engine import Engine, Step
-from shared.kernels.layout import BLOCK
+from services.tools.training.answering import AnsweringTarget
+from shared.engine import Step
 from shared.messages import Sampling
 from shared.sampling.sampler import choose
+
+PROMPT_TOKENS = 256
+"""Tokens of new prompts in a step, of which the last prompt may have more."""
+DRAWN_GROUP = 256
+"""Tokens in a group, when a token is drawn."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +55,36 @@ class _UnfinishedText:
 
 
 def generate(
-    engine: Engine,
+    target: AnsweringTarget,
     assignments: Iterable[Assignment],
     stop_ids: frozenset[int],
     seed: int,
-    sessions: int,
     *,
     serving_noise: bool = False,
 ) -> Iterator[shards.GeneratedText]:
-    """Yield the texts in the order in which they end, each with its end token. `engine` has to keep hidden states.
+    """Yield the texts in the order in which they end, each with its end token.
 
-    An assignment that may grow beyond the model's context or its share of the cache is left out.
+    An assignment that may grow beyond the target's longest text is left out.
     """
     waiting = iter(assignments)
     random = torch.Generator().manual_seed(seed)
     running: list[_UnfinishedText] = []
-    most = min(engine.max_len, engine.budget_tokens // sessions // BLOCK * BLOCK)
     exhausted = False
     while running or not exhausted:
-        # At most one new prompt per step, so that steps take similar times and texts end at different steps.
-        if not exhausted and len(running) < sessions:
+        # Prompts share the steps, so that these take similar times and texts end at different steps.
+        fresh = 0
+        while fresh < PROMPT_TOKENS and not exhausted and len(running) < target.texts:
             following = next(waiting, None)
             if following is None:
                 exhausted = True
-            elif len(following.prompt) + len(following.given) + following.max_new <= most:
-                fresh = _UnfinishedText(following)
-                engine.attach(fresh.name, fresh.tokens)
-                engine.truncate(fresh.name, 0)
-                running.append(fresh)
+            elif len(following.prompt) + len(following.given) + following.max_new <= target.longest:
+                text = _UnfinishedText(following)
+                target.start(text.name)
+                running.append(text)
+                fresh += len(text.tokens)
         if not running:
             continue
-        logits = engine.forward([text.step() for text in running]).logits
+        logits = target.forward([text.step() for text in running])
         sampled = [text for text in running if not text.assignment.given]
         drawn = iter(_choose(logits, sampled) if serving_noise else _draw(logits, sampled, random))
         still = []
@@ -88,15 +93,15 @@ def generate(
                 text.tokens.append(next(drawn))
             answered = len(text.tokens) - len(text.assignment.prompt)
             if text.assignment.given or text.tokens[-1] in stop_ids or answered >= text.assignment.max_new:
-                yield _finished(engine, text)
-                engine.release(text.name)
+                yield _finished(target, text)
+                target.release(text.name)
             else:
                 still.append(text)
         running = still
 
 
-def _finished(engine: Engine, text: _UnfinishedText) -> shards.GeneratedText:
-    held = engine.hidden(text.name, 0, text.fed).cpu()
+def _finished(target: AnsweringTarget, text: _UnfinishedText) -> shards.GeneratedText:
+    held = target.states(text.name, text.fed)
     return shards.GeneratedText(
         # The engine has not computed the last token, so it has no state.
         torch.tensor(text.tokens, dtype=torch.int32),
@@ -118,17 +123,35 @@ def _choose(logits: torch.Tensor, texts: Sequence[_UnfinishedText]) -> list[int]
     return choose(logits, parameters, [len(text.tokens) for text in texts]) if texts else []
 
 
+@torch.inference_mode()
 def _draw(logits: torch.Tensor, texts: Sequence[_UnfinishedText], random: torch.Generator) -> list[int]:
-    """Draw a token per row of `logits` by inversion of the cumulated softmax; at temperature 0, the likeliest."""
+    """Draw a token per row of `logits` by inversion of the cumulated softmax; at temperature 0, the likeliest.
+
+    Changes `logits`. Sums are cumulated over groups of tokens first, and then within the drawn group.
+    """
     if not texts:
         return []
-    temperatures = [text.assignment.temperature for text in texts]
-    scale = torch.tensor([1 / (t or 1.0) for t in temperatures], device=logits.device)[:, None]
-    cumulated = torch.softmax(logits.float() * scale, -1).cumsum_(-1)
-    threshold = torch.rand(len(texts), 1, generator=random).to(logits.device) * cumulated[:, -1:]
-    sampled = torch.searchsorted(cumulated, threshold, right=True).clamp_(max=logits.shape[1] - 1)[:, 0]
-    greedy = torch.tensor([t == 0 for t in temperatures], device=logits.device)
-    return torch.where(greedy, logits.argmax(-1), sampled).tolist()
+    temperatures = torch.tensor([text.assignment.temperature for text in texts], device=logits.device)
+    greedy = temperatures == 0
+    likeliest = logits[greedy].argmax(-1)
+    shares = torch.softmax(logits.div_(temperatures.masked_fill(greedy, 1)[:, None]), -1)
+    groups = functional.pad(shares, (0, -shares.shape[1] % DRAWN_GROUP)).unflatten(1, (-1, DRAWN_GROUP))
+    group, left = _inverted(groups.sum(-1), torch.rand(len(texts), generator=random).to(logits.device))
+    within, _ = _inverted(groups[torch.arange(len(texts)), group], left)
+    chosen = (group * DRAWN_GROUP + within).clamp_(max=logits.shape[1] - 1)
+    chosen[greedy] = likeliest
+    return chosen.tolist()
+
+
+def _inverted(weights: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the column of each row in which the cumulated weight reaches this share, and the share of that column's
+    weight at which it does."""
+    cumulated = weights.double().cumsum(-1)
+    wanted = (share.double() * cumulated[:, -1])[:, None]
+    column = torch.searchsorted(cumulated, wanted, right=True).clamp_(max=weights.shape[1] - 1)
+    own = weights.double().gather(1, column)
+    before = cumulated.gather(1, column) - own
+    return column[:, 0], ((wanted - before) / own.clamp_min(1e-300)).clamp_(0, 1)[:, 0]
 
 
 def write_shards(

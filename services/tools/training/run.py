@@ -22,14 +22,15 @@ from pathlib import Path
 import torch
 
 from services.drafter.hidden import weights
-from services.drafter.hidden.card import HiddenDraftConfig
+from services.drafter.hidden.card import HiddenDraftConfig, HiddenDraftFolder
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target import layer_config, not_plain
 from services.drafter.hidden.target_parts import TargetParts, target_parts
 from services.drafter.learning.loss import bottom_outputs
 from services.tools.training import prompts as corpus
 from services.tools.training import shards
-from services.tools.training.config import Config, Generation
+from services.tools.training.answering import AnsweringTarget, BatchTarget, EngineTarget, batch_target_fits
+from services.tools.training.config import Config
 from services.tools.training.generate import Assignment, generate, write_shards
 from services.tools.training.train import TrainingProgress, frequent_tokens, initialise, train
 from shared.engine import Engine
@@ -48,10 +49,14 @@ EVALUATED_TOKENS = 128
 class TrainingRun:
     """A training run of a draft model for `target`, with its files in `folder`."""
 
-    def __init__(self, config: Config, target: ModelFolder, folder: Path) -> None:
+    def __init__(
+        self, config: Config, target: ModelFolder, folder: Path, start: HiddenDraftFolder | None = None
+    ) -> None:
+        """start: a draft whose weights the training begins with; default: weights fitted to the run's texts."""
         self.config = config
         self.target = target
         self.folder = created(folder)
+        self.start = start
 
     @property
     def texts(self) -> Path:
@@ -116,13 +121,11 @@ class TrainingRun:
             for assignment in _read_lines(self.folder / "prompts.jsonl")
             if assignment.origin % settings.workers == worker and assignment.origin not in done
         ]
-        engine = self._engine(settings)
         texts = generate(
-            engine,
+            self._answering_target(),
             mine,
             frozenset(self.target.eos_ids),
             self.config.seed * 1_000_003 + worker * 1009 + len(done),
-            settings.sessions,
         )
         write_shards(texts, self.texts, f"worker{worker}", settings.shard_tokens, report)
 
@@ -172,8 +175,8 @@ class TrainingRun:
                 most = min(EVALUATED_TOKENS, settings.max_new)
                 asked.append(Assignment(len(asked), prompt.kind, ids, temperature, most))
         missing = [assignment for assignment in asked if assignment.origin not in done]
-        engine = self._engine(settings)
-        texts = generate(engine, missing, frozenset(self.target.eos_ids), 0, settings.sessions, serving_noise=True)
+        target = EngineTarget(self._engine(), settings.sessions)
+        texts = generate(target, missing, frozenset(self.target.eos_ids), 0, serving_noise=True)
         write_shards(texts, unfinished, "texts", settings.shard_tokens, report)
         unfinished.replace(folder)
 
@@ -196,12 +199,18 @@ class TrainingRun:
             raise SettingsError(
                 f"model.bottom_layers is {shape.bottom_layers}, {self.target.path} has {layers} layers; set it lower"
             )
-        return HiddenDraftConfig(
+        wanted = HiddenDraftConfig(
             layer=layer,
             layers=shape.layers,
             bottom_layers=self.bottom_layers,
             vocab_size=self.target.vocab_size,
         )
+        if self.start is not None and (not self.start.fits(self.target) or self.start.card.model != wanted):
+            raise SettingsError(
+                f"the draft {self.start.path} is for another target than {self.target.path}, or of another shape than "
+                "[model] of the settings: name a draft that fits both, or leave out --from"
+            )
+        return wanted
 
     def texts_of(self, folder: Path, parts: TargetParts) -> list[shards.GeneratedText]:
         """Return the texts of a folder, with the outputs of the target's first layers if the draft uses them."""
@@ -223,7 +232,9 @@ class TrainingRun:
         parts = self.parts(self.bottom_layers)
         model = HiddenDraft(self.config_of_model())
         checkpoint = self.folder / "checkpoint.pt"
-        if not checkpoint.is_file():
+        if self.start is not None:
+            model = weights.load(self.start, torch.float32)[0].train()
+        elif not checkpoint.is_file():
             initialise(model, self.texts_of(self.texts, parts), parts, self.config.seed)
         model.to(self.config.device)
         train(model, lambda: self.texts_of(self.texts, parts), parts, settings, self.config.seed, checkpoint, report)
@@ -232,10 +243,20 @@ class TrainingRun:
     def save(self, model: HiddenDraft, out: Path) -> None:
         """Write the draft, with a head of the texts' most frequent tokens."""
         count = self.config.training.head_rows or self.target.vocab_size
-        ids = frequent_tokens(list(shards.load_all(self.texts)), self.target.vocab_size, count)
+        texts = list(shards.load_all(self.texts))
+        known = weights.load(self.start, torch.float32)[1] if self.start is not None else None
+        ids = frequent_tokens(texts, self.target.vocab_size, count, known)
         weights.save(out, model, ids, self.target)
 
-    def _engine(self, settings: Generation) -> Engine:
+    def _answering_target(self) -> AnsweringTarget:
+        settings, config = self.config.generation, self.config
+        if not batch_target_fits(self.target, config.device, config.target_dtype):
+            return EngineTarget(self._engine(), settings.sessions)
+        longest = settings.max_prompt + settings.max_new
+        return BatchTarget(self.target, texts=settings.sessions, longest=longest, threads=settings.threads)
+
+    def _engine(self) -> Engine:
+        settings = self.config.generation
         longest = -(-(settings.max_prompt + settings.max_new) // BLOCK) * BLOCK
         return Engine(
             self.target.path,

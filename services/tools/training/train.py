@@ -44,11 +44,16 @@ class TrainingProgress:
     cross_entropy: list[float]
 
 
-def frequent_tokens(texts: Sequence[GeneratedText], vocab_size: int, count: int) -> Tensor:
-    """Return the ids of the most frequent tokens, most frequent first; unseen tokens follow in order of id."""
+def frequent_tokens(texts: Sequence[GeneratedText], vocab_size: int, count: int, known: Tensor | None = None) -> Tensor:
+    """Return the ids of the most frequent tokens, most frequent first.
+
+    Of equally frequent ones those of `known` come first, as they were frequent in earlier texts, then lower ids.
+    """
     seen = torch.zeros(vocab_size, dtype=torch.int64)
     for text in texts:
         seen += torch.bincount(text.tokens.long(), minlength=vocab_size)
+    if known is not None:
+        seen = 2 * seen + torch.zeros_like(seen).index_fill_(0, known.long(), 1)
     return seen.argsort(descending=True, stable=True)[:count]
 
 

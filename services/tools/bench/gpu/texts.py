@@ -11,6 +11,7 @@ from services.tools.bench.support.options import target_folder
 from services.tools.bench.support.report import terminal
 from services.tools.local.progress import ConsoleProgress
 from services.tools.training import prompts as corpus
+from services.tools.training.answering import EngineTarget
 from services.tools.training.generate import Assignment, generate
 from services.tools.training.shards import GeneratedText
 from shared.engine import Engine
@@ -41,8 +42,9 @@ def compared_texts(torch_device: torch.device, count: int, tokens: int, *, quiet
         target.path, dtype="bfloat16", device=str(torch_device), budget_tokens=len(asked) * room, keep_hidden=True
     )
     ends = frozenset(target.eos_ids)
-    alone = {one.origin: one for one in generate(engine, asked[:count], ends, 0, 1, serving_noise=True)}
-    loaded = {one.origin: one for one in generate(engine, asked, ends, 0, len(asked), serving_noise=True)}
+    alone = {one.origin: one for one in generate(EngineTarget(engine, 1), asked[:count], ends, 0, serving_noise=True)}
+    together = EngineTarget(engine, len(asked))
+    loaded = {one.origin: one for one in generate(together, asked, ends, 0, serving_noise=True)}
     pairs = [(alone[number], loaded[number]) for number in alone]
     return [
         target.name, len(pairs), sum(len(one.tokens) - one.prompt_len for one, _ in pairs),
