@@ -109,7 +109,7 @@ class BatchTarget:
         embedded = self._parts.embedding[torch.tensor([token for step in steps for token in step.tokens])]
         x = run_layers(list(self._parts.bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
         states = functional.rms_norm(x.float(), (self._size,), self._parts.norm.float(), self._eps).to(x.dtype)
-        for step, start, new in zip(steps, starts, states.split(counts), strict=True):
+        for step, start, new in zip(steps, starts, torch.split(states, counts), strict=True):
             self._states[step.session_id][start : start + len(new)] = new
             self._held[step.session_id] = start + len(new)
         last = torch.tensor(counts).cumsum(0) - 1

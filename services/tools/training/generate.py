@@ -135,7 +135,8 @@ def _draw(logits: torch.Tensor, texts: Sequence[_UnfinishedText], random: torch.
     greedy = temperatures == 0
     likeliest = logits[greedy].argmax(-1)
     shares = torch.softmax(logits.div_(temperatures.masked_fill(greedy, 1)[:, None]), -1)
-    groups = functional.pad(shares, (0, -shares.shape[1] % DRAWN_GROUP)).unflatten(1, (-1, DRAWN_GROUP))
+    padded = functional.pad(shares, (0, -shares.shape[1] % DRAWN_GROUP))
+    groups = padded.view(len(texts), -1, DRAWN_GROUP)
     group, left = _inverted(groups.sum(-1), torch.rand(len(texts), generator=random).to(logits.device))
     within, _ = _inverted(groups[torch.arange(len(texts)), group], left)
     chosen = (group * DRAWN_GROUP + within).clamp_(max=logits.shape[1] - 1)
