@@ -1,3 +1,14 @@
 """Training: a draft model on the target model's own answers, and the controller on recorded rounds."""
 
-__all__ = ["answering", "classifiers", "config", "controller", "evaluate", "generate", "prompts", "run", "shards", "train"]
+__all__ = [
+    "answering",
+    "classifiers",
+    "config",
+    "controller",
+    "evaluate",
+    "generate",
+    "prompts",
+    "run",
+    "shards",
+    "train",
+]
