@@ -199,6 +199,20 @@ def test_a_resumed_generation_of_held_out_texts_gives_the_same_texts(run: Traini
     assert not unfinished.exists()
 
 
+def test_final_texts_lie_apart_from_those_for_evaluation(run: TrainingRun) -> None:
+    lengths: list[int] = []
+    assert run.evaluation_texts(lengths.append) == run.held_out
+    assert not lengths, "the run has these texts"
+    final = run.evaluation_texts(lengths.append, final=True)
+    asked, others = (
+        {tuple(text.tokens[: text.prompt_len].tolist()) for text in shards.load_all(folder)}
+        for folder in (final, run.held_out)
+    )
+    assert len(lengths) == 3 * len(asked) == 33
+    assert final != run.held_out
+    assert not asked & others
+
+
 def test_a_target_without_these_layers_is_refused_before_generation(run: TrainingRun, tmp_path: Path) -> None:
     deeper = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 3}})
     with pytest.raises(SettingsError, match="bottom_layers is 3"):

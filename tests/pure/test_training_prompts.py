@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from services.tools.training.prompts import Corpus, corpus, free_text, sample
+from services.tools.training.prompts import FINAL, Corpus, HeldOut, corpus, free_text, sample
 
 KINDS = {
     "business",
@@ -30,7 +30,7 @@ def made(*entries: dict[str, object], lists: dict[str, list[str]] = LISTS) -> Co
     return Corpus([{"kind": "note", "template": list(entries)}], lists)
 
 
-def rendered(of: Corpus, count: int, held_out: bool = False) -> list[str]:
+def rendered(of: Corpus, count: int, held_out: HeldOut = False) -> list[str]:
     prompts = of.sample(0, count, held_out)
     return [prompt.text or "\n".join(turn.content for turn in prompt.turns or ()) for prompt in prompts]
 
@@ -50,13 +50,14 @@ def test_every_packaged_template_can_be_filled() -> None:
 def test_every_kind_has_training_and_held_out_templates() -> None:
     counts = Counter((template.kind, template.held_out) for template in corpus().templates.values())
     assert {kind for kind, _ in counts} == KINDS
-    assert all(counts[kind, False] >= 20 and counts[kind, True] >= 5 for kind in KINDS)
+    assert all(counts[kind, False] >= 20 and counts[kind, True] >= 5 and counts[kind, FINAL] >= 3 for kind in KINDS)
 
 
 def test_held_out_prompts_share_no_templates_or_fillers_with_training() -> None:
     packaged = corpus()
-    trained, held_out = sample(1, 1500, held_out=False), sample(1, 400, held_out=True)
-    assert not {prompt.template for prompt in trained} & {prompt.template for prompt in held_out}
+    splits: tuple[HeldOut, ...] = (False, True, FINAL)
+    drawn = [{prompt.template for prompt in sample(1, 400, held_out=split)} for split in splits]
+    assert len(set().union(*drawn)) == sum(map(len, drawn))
     for name in ("topic", "task", "problem", "sentence", "city", "name", "news_b", "snippet"):
         assert not set(packaged.fillers(name, held_out=False)) & set(packaged.fillers(name, held_out=True))
 
@@ -66,6 +67,17 @@ def test_held_out_fillers_appear_in_held_out_prompts_only() -> None:
     both = made({"id": "t", "text": "{city}"}, {"id": "h", "text": "{city}", "held_out": True}, lists=cities)
     assert set(rendered(both, 6)) == {f"city-{letter}" for letter in "abcdef"}
     assert set(rendered(both, 2, held_out=True)) == {"city-g", "city-h"}
+
+
+def test_final_templates_are_drawn_by_themselves_alone() -> None:
+    cities = {"city": [f"city-{letter}" for letter in "abcdefgh"]}
+    held_out = [{"id": "h", "text": "See {city}", "held_out": True}]
+    final = {"held_out": "final", "template": [{"id": "f", "kind": "note", "text": "Leave {city}"}]}
+    both = Corpus([{"kind": "note", "template": held_out}, final], cities)
+    assert set(rendered(both, 2, held_out=FINAL)) == {"Leave city-g", "Leave city-h"}
+    assert set(rendered(both, 2, held_out=True)) == {"See city-g", "See city-h"}
+    with pytest.raises(ValueError, match="0 templates"):
+        both.sample(0, 1, held_out=False)
 
 
 def test_a_sample_depends_on_its_seed_alone() -> None:
@@ -110,6 +122,7 @@ def test_other_braces_are_text() -> None:
         ({"id": "odd"}, "Template odd: give it either text or turns"),
         ({"id": "odd", "turns": [{"role": "assistant", "content": "Hi"}]}, "Template odd: the last turn"),
         ({"id": "odd", "turns": [{"role": "tool", "content": "Hi"}]}, "Template odd: tool is no role"),
+        ({"id": "odd", "text": "Hello", "held_out": "last"}, "Template odd: held_out is 'last'. Set it to true"),
     ],
 )
 def test_a_broken_template_is_named(entry: dict[str, object], message: str) -> None:

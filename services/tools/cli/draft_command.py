@@ -65,6 +65,9 @@ def evaluate(
     record: Annotated[
         Path | None, typer.Option(help="Write rounds for `wisp controller train` to this file instead of evaluating.")
     ] = None,
+    final: Annotated[
+        bool, typer.Option("--final", help="Draft for the final prompts, which may not decide anything about a draft.")
+    ] = False,
 ) -> None:
     """Draft for held-out prompts and print how much the target accepts.
 
@@ -78,7 +81,7 @@ def evaluate(
         if record is not None:
             record_rounds(chosen, draft, record)
         else:
-            evaluate_draft(chosen, draft)
+            evaluate_draft(chosen, draft, final=final)
 
 
 def _run(target: str | None, settings: Path | None, folder: Path | None, start: Path | None = None) -> TrainingRun:

@@ -57,15 +57,16 @@ def train_draft(run: TrainingRun, to: Path) -> None:
     out.print(f"The draft is in {to}. Use it with: wisp up --hidden-draft {to}", soft_wrap=True)
 
 
-def evaluate_draft(run: TrainingRun, path: Path | None) -> None:
-    """Print acceptance by position and tokens per round, by kind of text and temperature, with and without lookup."""
+def evaluate_draft(run: TrainingRun, path: Path | None, *, final: bool = False) -> None:
+    """Print acceptance by position and tokens per round, by kind of text and temperature, with and without lookup.
+
+    final: draft for the final prompts instead of those for evaluation.
+    """
     folder = _folder(run, path)
     with ConsoleProgress(out).step("generating held-out completions") as step:
-        run.generate_held_out(
-            run.held_out, run.config.seed, _counted(step, "completions", 3 * run.config.prompts.held_out)
-        )
-        step.done("held-out completions are complete")
-    texts = list(shards.load_all(run.held_out))
+        chosen = run.evaluation_texts(_counted(step, "completions", 3 * run.config.prompts.held_out), final=final)
+        step.done(f"held-out completions are complete ({chosen.name})")
+    texts = list(shards.load_all(chosen))
     source = _source(run, folder)
     for names in (("hidden",), ("hidden", "lookup")):
         with ConsoleProgress(out).step(f"drafting by {' and '.join(names)}") as step:

@@ -1,7 +1,8 @@
 """Prompts for the target model, whose answers a draft model learns from.
 
 Templates and the fillers of their slots are TOML files in `templates/`. Held-out templates are kept out of training;
-they fill their slots from the last part of each list, from which training templates never draw.
+they fill their slots from the last part of each list, from which training templates never draw. Final templates are
+held out from evaluation as well: nothing that shapes a draft may draw them, so that they measure it once, at the end.
 
 A slot is a list's name in braces: `{city}`. `{city2}` is another city of the same prompt, `{City}` has a capital first
 letter, and "a {job}" becomes "an actor". Fillers may have slots. All other braces are text.
@@ -24,7 +25,7 @@ from functools import cache
 from importlib import metadata, resources
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 HELD_OUT_SHARE = 0.15
 SPLIT_FROM = 7
@@ -34,6 +35,10 @@ LOWER_CASE_SHARE = 0.08
 ROLES = ("system", "user", "assistant")
 RAW_KIND = "completion"
 TYPED_IN_HASTE = ("chat", "explain", "list", "story")
+FINAL: Final = "final"
+
+HeldOut = bool | Literal["final"]
+"""False: for training. True: for evaluation. FINAL: for the final figures of a draft that is decided."""
 
 _SLOT = re.compile(r"(?:\b([Aa]) )?\{([A-Za-z]+(?:_[a-z]+)*)(\d*)\}")
 _CONSONANT_SOUND = ("uni", "use", "eu", "one", "ukulele")
@@ -75,7 +80,7 @@ class CorpusPrompt:
     kind: str
     turns: tuple[Turn, ...] | None
     text: str | None
-    held_out: bool
+    held_out: HeldOut
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,14 @@ class Template:
     kind: str
     turns: tuple[Turn, ...] | None
     text: str | None
-    held_out: bool
+    held_out: HeldOut
 
 
 class Corpus:
     """Templates, and the lists that fill their slots.
 
-    Raises ValueError if a template has no id, a used id, an unknown slot, or a last turn that is not the user's.
+    Raises ValueError if a template has no id, a used id, an unknown slot, an unknown value of `held_out`, or a last
+    turn that is not the user's.
     """
 
     def __init__(self, files: Sequence[Mapping[str, Any]], lists: Mapping[str, Sequence[str]]) -> None:
@@ -100,7 +106,7 @@ class Corpus:
         self.templates: dict[str, Template] = {}
         for file in files:
             for entry in file.get("template", []):
-                template = _template(entry, file.get("kind"))
+                template = _template(entry, file.get("kind"), file.get("held_out", False))
                 if template.id in self.templates:
                     raise ValueError(f"Template {template.id}: the id is used twice. Give each template its own.")
                 for content in _contents(template):
@@ -112,7 +118,7 @@ class Corpus:
             for filler in fillers:
                 self._check(f"List {name}", filler)
 
-    def fillers(self, name: str, held_out: bool) -> Sequence[str]:
+    def fillers(self, name: str, held_out: HeldOut) -> Sequence[str]:
         """Return a list's fillers for held-out prompts or for training. Both share a short list."""
         fillers = self._lists[name]
         if len(fillers) < SPLIT_FROM:
@@ -137,7 +143,9 @@ class Corpus:
             turns.insert(0, Turn("system", filling.fill("{system}")))
         return CorpusPrompt(template.id, template.kind, tuple(turns), None, template.held_out)
 
-    def sample(self, seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[CorpusPrompt]:
+    def sample(
+        self, seed: int, count: int, held_out: HeldOut, kinds: Sequence[str] | None = None
+    ) -> list[CorpusPrompt]:
         """Draw distinct prompts from each template in turn. The same arguments give the same prompts.
 
         Raises ValueError if there are no such templates or they make fewer different prompts.
@@ -179,7 +187,7 @@ class _Filling:
     """The fillers of one prompt. The same slot gets the same filler; `{name}` and `{name2}` get different ones."""
 
     corpus: Corpus
-    held_out: bool
+    held_out: HeldOut
     rng: random.Random
     drawn: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -223,7 +231,7 @@ def corpus() -> Corpus:
     return Corpus([files[name] for name in sorted(files)], lists)
 
 
-def sample(seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[CorpusPrompt]:
+def sample(seed: int, count: int, held_out: HeldOut, kinds: Sequence[str] | None = None) -> list[CorpusPrompt]:
     """Draw distinct prompts of the packaged corpus; see `Corpus.sample`."""
     return corpus().sample(seed, count, held_out, kinds)
 
@@ -245,13 +253,15 @@ def free_text(seed: int, count: int, chars: tuple[int, int] = (600, 2000)) -> li
     return list(passages)
 
 
-def _template(entry: Mapping[str, Any], kind: str | None) -> Template:
+def _template(entry: Mapping[str, Any], kind: str | None, held_out: HeldOut) -> Template:
     name, kind = entry.get("id"), entry.get("kind", kind)
     if not name or not kind:
         raise ValueError(f"Template {name or entry}: id and kind are needed, the kind there or at the top of its file.")
     if ("text" in entry) == ("turns" in entry):
         raise ValueError(f"Template {name}: give it either text or turns.")
-    held_out = bool(entry.get("held_out", False))
+    held_out = entry.get("held_out", held_out)
+    if held_out not in (False, True, FINAL):
+        raise ValueError(f'Template {name}: held_out is {held_out!r}. Set it to true or "{FINAL}", or leave it out.')
     if "text" in entry and kind == RAW_KIND:
         return Template(name, kind, None, entry["text"], held_out)
     entries = entry.get("turns") or [{"role": "user", "content": entry["text"]}]

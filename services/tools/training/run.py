@@ -4,6 +4,7 @@ prompts.jsonl           the prompts, one a line
 texts/*.safetensors     the target's answers with their hidden states (`shards`)
 held_out/               answers to prompts kept out of training; `held_out.part` until complete
 controller_texts/       further answers to such prompts, from which the controller learns
+final/                  answers to the final prompts, which measure a draft that is decided
 checkpoint.pt           the draft model in training
 """
 
@@ -139,10 +140,23 @@ class TrainingRun:
         """Folder of the texts for the controller: other prompts of the same held-out templates."""
         return self.folder / "controller_texts"
 
-    def generate_held_out(self, folder: Path, seed: int, report: Callable[[int], None]) -> None:
+    @property
+    def final(self) -> Path:
+        """Folder of the texts for final figures."""
+        return self.folder / "final"
+
+    def evaluation_texts(self, report: Callable[[int], None], *, final: bool = False) -> Path:
+        """Answer the prompts for evaluation, or the final ones, unless the run has them; return the texts' folder."""
+        folder = self.final if final else self.held_out
+        self.generate_held_out(folder, self.config.seed, report, corpus.FINAL if final else True)
+        return folder
+
+    def generate_held_out(
+        self, folder: Path, seed: int, report: Callable[[int], None], held_out: corpus.HeldOut = True
+    ) -> None:
         """Answer prompts kept out of training, each at every temperature of EVALUATED, unless `folder` has them."""
         if not shards.files(folder):
-            drawn = _drawn(seed, self.config.prompts.held_out, held_out=True)
+            drawn = _drawn(seed, self.config.prompts.held_out, held_out=held_out)
             self._answer_held_out(folder, drawn, EVALUATED, report)
 
     def generate_domain(
@@ -283,7 +297,9 @@ def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQu
     counts.put(0)
 
 
-def _drawn(seed: int, count: int, *, held_out: bool, kinds: Sequence[str] | None = None) -> list[corpus.CorpusPrompt]:
+def _drawn(
+    seed: int, count: int, *, held_out: corpus.HeldOut, kinds: Sequence[str] | None = None
+) -> list[corpus.CorpusPrompt]:
     """Draw prompts of the corpus. Raises SettingsError if it makes fewer."""
     try:
         return corpus.sample(seed, count, held_out, kinds)

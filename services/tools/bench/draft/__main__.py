@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -79,8 +80,8 @@ class FixedTimes(RoundTimes):
 class DraftBench:
     """Held-out texts, engines and measured costs that all tables share."""
 
-    def __init__(self, run: TrainingRun, folder: HiddenDraftFolder, prompts: int) -> None:
-        texts = sorted(shards.load_all(run.held_out), key=lambda text: text.origin)
+    def __init__(self, run: TrainingRun, folder: HiddenDraftFolder, held_out: Path, prompts: int) -> None:
+        texts = sorted(shards.load_all(held_out), key=lambda text: text.origin)
         self.texts = texts if not prompts else texts[: 3 * prompts]
         self.stop_ids = frozenset(run.target.eos_ids)
         self.weights: ControlWeights | None = load_weights(folder.controller) if folder.controller else None
@@ -119,6 +120,9 @@ def main(
     draft: DraftFolderOption = None,
     run: RunFolderOption = None,
     prompts: Annotated[int, typer.Option(min=0, help="Number of prompts, for a quick look; 0 takes all.")] = 0,
+    final: Annotated[
+        bool, typer.Option("--final", help="Use the final prompts, which may not decide anything about a draft.")
+    ] = False,
     real_texts: Annotated[
         int, typer.Option(min=1, help="Most texts that the target verifies, for the measured speed.")
     ] = 11,
@@ -130,8 +134,7 @@ def main(
         folder = measured_draft(draft, model)
         texts = training_run(run, model)
         console.print("generating the held-out texts, unless an earlier run did (two minutes)", style="dim")
-        texts.generate_held_out(texts.held_out, texts.config.seed, lambda _: None)
-        bench = DraftBench(texts, folder, prompts)
+        bench = DraftBench(texts, folder, texts.evaluation_texts(lambda _: None, final=final), prompts)
         conclude(console, "draft", _measure(bench, folder, real_texts, console))
 
 
