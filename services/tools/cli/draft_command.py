@@ -9,6 +9,7 @@ import typer
 
 from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown, out, require
+from shared.errors import SettingsError
 
 if TYPE_CHECKING:
     from services.tools.training.run import TrainingRun
@@ -74,6 +75,8 @@ def evaluate(
     The completions are generated once, in the run's folder.
     """
     with errors_shown():
+        if final and record is not None:
+            raise SettingsError("rounds of the final prompts may not train a controller: leave out --final or --record")
         require("model")
         from services.tools.cli.draft_stages import evaluate_draft, record_rounds
 
