@@ -139,6 +139,15 @@ class Verifier:
 
     async def run(self, measured: Sequence[Measurement], stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain. measured: the start-up profile."""
+        try:
+            await self._serve(measured, stop)
+        except asyncio.CancelledError:  # SIGTERM before the loops run
+            await self._membership.leave()
+            raise
+        await self._membership.leave()
+
+    async def _serve(self, measured: Sequence[Measurement], stop: asyncio.Event) -> None:
+        """Join, serve until `stop` is set, and drain."""
         membership = self._membership
         await membership.join()
         keys = (topology.batch(membership.verifier_id), topology.CANCEL)
@@ -169,7 +178,6 @@ class Verifier:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.drain_s):
                     await self._drain()
-        await membership.leave()
 
     async def _drain(self) -> None:
         """Hand the KV over, announce the end, and wait until every accepted batch is replied to."""

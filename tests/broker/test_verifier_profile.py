@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import redis
 from patience import HANG_S
 from random_draft import random_draft
 
@@ -52,3 +53,29 @@ async def test_the_profile_becomes_the_cost_model_and_replaces_a_stored_one(
     await asyncio.wait_for(serving, HANG_S)
     await broker.close()
     await store.close()
+
+
+async def test_a_verifier_that_ends_before_it_is_ready_leaves(
+    amqp_url: str, redis_url: str, namespace: str, model: Path
+) -> None:
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    announced = asyncio.Event()
+
+    async def note(message: Message) -> None:
+        announced.set()
+
+    await broker.consume(broker.topology.own_queue("test", "peer", (topology.costmodel("v1"),)), note)
+    settings = VerifierSettings(
+        amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, target=model, threads=1, cache_tokens=4096
+    )
+    client = redis.Redis.from_url(redis_url)
+    serving = asyncio.create_task(serve(settings, "v1", asyncio.Event()))
+    async with asyncio.timeout(HANG_S):
+        await announced.wait()  # it has its lease, and its loops do not run yet or have just begun
+        assert client.exists(f"{namespace}:lease:v1")
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+    assert not client.exists(f"{namespace}:lease:v1", f"{namespace}:verifier:v1")
+    client.close()
+    await broker.close()
