@@ -15,6 +15,7 @@ from chromium import BrowserPage
 from gateway_peer import eventually, tiny_target
 from page_server import MadeUpFleet, PacedApp, served
 
+from services.gateway.app import create_app
 from services.gateway.keys import new_key, render
 from shared.messages import Generate
 from shared.models.folder import ModelFolder
@@ -393,6 +394,15 @@ async def choose_in_timeline(page: BrowserPage) -> None:
         if (await page.text("#detail-title")).startswith("Batch batch-"):
             return
     raise AssertionError("no batch was chosen")
+
+
+async def test_the_fleet_view_of_a_baseline_says_that_there_is_no_fleet(page: BrowserPage, app: PacedApp) -> None:
+    app.asgi = create_app(replace(app.gateway, feed=None))
+    async with served(app) as url:
+        await page.open(f"{url}/#fleet")
+        await page.wait("document.querySelector('#fleet-note').innerText.includes('This server is a baseline')")
+        assert await page.run("document.querySelector('#fleet-note').className") == "note"
+        page.log.clear()  # the browser reports every answer of 404
 
 
 async def test_tabs_obey_the_arrow_keys(page: BrowserPage, app: PacedApp) -> None:

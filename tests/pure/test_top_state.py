@@ -15,7 +15,7 @@ from rich.console import Console
 from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.cli.core.suite_view import short, suite_view
 from services.tools.cli.core.suite_watch import SuiteWatch
-from services.tools.cli.suite_address import SuiteAddress, choose_suite, suites_at
+from services.tools.cli.suite_address import SuiteAddress, baselines_here, choose_suite, suites_at
 from services.tools.local.folder import RunFolder, RunningApi, RunningSuite, note_api, note_suite, running_suites
 from shared.errors import SettingsError
 from shared.messages import (
@@ -361,6 +361,17 @@ def test_a_suite_is_named_by_the_url_of_its_api(tmp_path: Path) -> None:
         assert suites_at("http://127.0.0.1:8001", tmp_path) == [two], "the page's address names it too"
         with pytest.raises(SettingsError, match=r"serves http://127.0.0.1:8002/v1 \(suites here: http.*--amqp-url"):
             suites_at("http://127.0.0.1:8002/v1", tmp_path)
+
+
+def test_a_baseline_has_no_fleet_to_watch(tmp_path: Path) -> None:
+    with RunFolder("up", tmp_path) as baseline:
+        note_api(baseline.path, RunningApi("http://127.0.0.1:8000/v1", 1))
+        assert baselines_here(tmp_path) == ["http://127.0.0.1:8000/v1"]
+        with pytest.raises(SettingsError, match=r"8000/v1 is a baseline.*nothing to watch; .*http://.*:8000/metrics"):
+            suites_at("http://127.0.0.1:8000/v1", tmp_path)
+        absent = choose_suite(None, None, running_suites(tmp_path), baselines_here(tmp_path)).absent
+        assert absent is not None
+        assert absent.startswith("no suite runs on this machine (http://127.0.0.1:8000/v1 is a baseline")
 
 
 def test_running_suites_are_those_whose_owner_lives(tmp_path: Path) -> None:

@@ -27,11 +27,17 @@ class SuiteAddress:
     """Settings for the broker's certificate."""
 
 
-def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[RunningSuite]) -> SuiteAddress:
+NO_FLEET = "a baseline (`wisp up --serving`): one engine without drafters, schedulers and RabbitMQ, so nothing to watch"
+
+
+def choose_suite(
+    amqp_url: str | None, namespace: str | None, running: Sequence[RunningSuite], baselines: Sequence[str] = ()
+) -> SuiteAddress:
     """Choose the suite to observe.
 
     amqp_url, namespace: from options or environment. running: suites on this machine, the latest first. A missing value
-    comes from the latest suite that matches the other, else from the services' defaults. Raises SettingsError.
+    comes from the latest suite that matches the other, else from the services' defaults. baselines: URLs of the APIs of
+    this machine that have no suite behind them. Raises SettingsError.
     """
     if namespace is not None and not re.fullmatch(NAME_PATTERN, namespace):
         raise SettingsError(f"namespace {namespace!r}: use up to 64 letters, digits, _ and -")
@@ -50,6 +56,8 @@ def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[
         absent = None
         if amqp_url is None:
             absent = f"no suite {namespace} runs on this machine" if namespace else "no suite runs on this machine"
+            if baselines and not running:
+                absent += f" ({', '.join(baselines)} is {NO_FLEET})"
             if running:
                 absent += f", but {', '.join(suite.namespace for suite in running)}"
         return SuiteAddress(amqp_url or defaults["amqp_url"], namespace or defaults["namespace"], absent=absent)
@@ -73,13 +81,20 @@ def suites_at(url: str, runs: Path | None = None) -> list[RunningSuite]:
     """
     apis = suites_by_api(runs)
     for api, suite in apis.items():
-        if suite is not None and _place(api.url) == _place(url):
+        if _place(api.url) == _place(url):
+            if suite is None:
+                raise SettingsError(f"{url} is {NO_FLEET}; its figures are at {page_of(url)}metrics")
             return [suite]
     others = f" (suites here: {', '.join(api.url for api in apis)})" if apis else ""
     raise SettingsError(
         f"no suite of `wisp up` on this machine serves {url}{others}; `wisp top` reads messages at RabbitMQ: name "
         "that of another machine's suite with --amqp-url and --namespace"
     )
+
+
+def baselines_here(runs: Path | None = None) -> list[str]:
+    """Return the URLs of the APIs of this machine that have no suite behind them."""
+    return [api.url for api, suite in suites_by_api(runs).items() if suite is None]
 
 
 def _place(url: str) -> str:

@@ -27,7 +27,7 @@ def top(
 ) -> None:
     """Watch a running suite: verifiers, queues, speed, SLO attainment, and the reasons behind each batch."""
     with errors_shown():
-        from services.tools.cli.suite_address import choose_suite, suites_at
+        from services.tools.cli.suite_address import baselines_here, choose_suite, suites_at
         from services.tools.cli.suite_observer import live, once_seen
         from services.tools.local.folder import running_suites
         from services.tools.local.settings import BrokerAddresses, LocalSettings
@@ -35,7 +35,9 @@ def top(
 
         given = BrokerAddresses()
         if url is None:
-            suite = choose_suite(amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites())
+            suite = choose_suite(
+                amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites(), baselines_here()
+            )
         else:
             suite = choose_suite(amqp_url or given.amqp_url, namespace, suites_at(url))
         suite = replace(suite, tls=given.tls)

@@ -18,6 +18,9 @@ const WORDS = {
   "run": "tokens that a verifier made by itself, without rounds, while nobody else needed it.",
   "Least slack": "the time that the most urgent session can still wait without breaking its promise. Below zero, it is late.",
 };
+const NO_FLEET =
+  "This server is a baseline: one engine in one process, without drafters, schedulers and messages. " +
+  "It has no fleet to show. Chat and Compare work as usual.";
 const reduced = matchMedia("(prefers-reduced-motion: reduce)");
 
 let timeline = null;
@@ -65,6 +68,10 @@ async function look() {
       throw new Problem("The feed ended; the gateway may be shutting down.", { code: "feed_ended" });
     } catch (error) {
       if (error.name === "AbortError" || stream !== own) return;
+      if (error.code === "no_fleet") {
+        note(NO_FLEET);
+        return;
+      }
       note(error.text || `The page failed: ${error.message}`, true);
       if (error.status === 404) return;
       await new Promise((done) => setTimeout(done, RETRY_MS));
