@@ -24,6 +24,14 @@ help: ## show this list
 			printf "  %-16s %s\n", name, text} \
 		END {print "\nVariables: PORT=8000, PYTHON=python3.12, TORCH_INDEX=URL (index of torch)"}' $(MAKEFILE_LIST)
 
+# A target that is not here, such as a misspelt one.
+.DEFAULT:
+	+@$(PYTHON) -c 'import difflib, re, sys; wanted, path = sys.argv[1:]; \
+		names = re.findall(r"^([a-z0-9-]+):.*## ", open(path).read(), re.MULTILINE); \
+		near = difflib.get_close_matches(wanted, names, 1); \
+		sys.exit(f"make: there is no target {wanted}" + (f"; did you mean {near[0]}?" if near else ".") \
+			+ " `make help` lists them.")' $@ $(firstword $(MAKEFILE_LIST))
+
 setup: ## make environment and default model; others do this first
 	@$(PYTHON) -m services.tools.local.bootstrap --torch-index "$(TORCH_INDEX)"
 

@@ -9,7 +9,9 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -28,7 +30,7 @@ from services.tools.cli.main import app
 from services.tools.cli.stack_options import ServingChoice, draft_sources
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.up import curl, require_port
-from services.tools.local import folder, logs
+from services.tools.local import folder, logs, servers
 from services.tools.local.broker_check import TESTED
 from services.tools.local.folder import (
     RUNS_KEPT,
@@ -288,6 +290,50 @@ async def test_doctor_reports_a_mixed_fleet_and_no_uniform_one(monkeypatch: pyte
     found = [(one.state, one.found) for one in await doctor._fleet(BrokerAddresses(amqp_url=None))]
     mixed = [("note", f"of different arithmetic in mine: v1: wisp-1; v2: {other}")]
     assert found == ([] if other == "wisp-1" else mixed)
+
+
+async def test_a_check_of_doctor_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, begun = threading.Event(), list[str]()
+
+    def hangs() -> Iterator[doctor.Finding]:
+        release.wait()
+        yield doctor.Finding("torch", "ok", "too late")
+
+    monkeypatch.setattr(doctor, "_torch", hangs)
+    monkeypatch.setattr(doctor, "CHECK_S", 0.2)
+    try:
+        findings = await doctor.check_machine(begun.append)
+    finally:
+        release.set()
+    (torch,) = [one for one in findings if one.part == "torch"]
+    assert (torch.state, torch.found) == ("missing", "this check has not ended within 0.2 s")
+    assert begun[-1] == "memory and disk", "the others are made all the same"
+    assert begun.index("torch") < begun.index("models")
+
+
+async def test_an_error_in_a_check_of_doctor_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_torch", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await doctor.check_machine()
+
+
+@pytest.mark.parametrize(
+    ("shown", "free_bytes", "said"),
+    [
+        ("Failed to start Ranch listener: eaddrinuse", 10**10, "A port was taken by another program"),
+        ("write: No space left on device", 0, "The disk is full: free some space at /run"),
+        ("starting", 10**6, "The disk has only 1 MB left: free some space at /run"),
+        ("mkdir: Permission denied", 10**10, "Files cannot be written at /run"),
+        ("eheap_alloc: Cannot allocate 8 bytes", 10**10, "Memory is short"),
+        ("starting", 10**10, "The machine may be too busy"),
+        ("crash", 10**10, "Its last lines above say why it ended"),
+    ],
+)
+def test_a_broker_that_does_not_start_has_advice(shown: str, free_bytes: int, said: str) -> None:
+    text = servers.advice(shown, Path("/run/rabbitmq.log"), free_bytes, ended=shown == "crash")
+    assert text.startswith(f"→ {said}")
+    assert "WISP_AMQP_URL" in text
+    assert text.endswith("Its log: /run/rabbitmq.log")
 
 
 async def test_doctor_reports_a_pool_without_drafters(monkeypatch: pytest.MonkeyPatch) -> None:

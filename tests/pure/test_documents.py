@@ -78,6 +78,16 @@ def test_make_help_lists_every_described_target() -> None:
     assert set(re.findall(r"^  ([\w-]+) ", made("help"), re.MULTILINE)) == described
 
 
+@pytest.mark.parametrize(
+    ("wanted", "near"), [("dem", "; did you mean demo?"), ("tset-fast", "test-fast?"), ("xyz", ".")]
+)
+def test_make_names_the_target_near_a_misspelt_one(wanted: str, near: str) -> None:
+    with pytest.raises(ValueError, match="there is no target") as refused:
+        made(wanted)
+    assert f"there is no target {wanted}" in str(refused.value)
+    assert f"{near} `make help` lists them." in str(refused.value)
+
+
 @pytest.mark.parametrize("target", sorted(re.findall(r"^(?:bench-[\w-]+|chaos)(?=:)", MAKEFILE, re.MULTILINE)))
 def test_targets_of_benchmarks_start_their_benchmark(target: str) -> None:
     started = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import importlib.util
 import platform
@@ -9,7 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +57,8 @@ OPTIONAL = {"otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-htt
 API_PORT = 8000
 HEARTBEATS_S = 1.2
 """Time in which every live verifier and drafter sends a heartbeat."""
+CHECK_S = 60.0
+"""Longest time of a check. On a quiet machine all of them take a few seconds."""
 MEMORY_NEEDED = 2.0
 DISK_NEEDED = 1.0
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -72,25 +76,84 @@ class Finding:
     advice: str = ""
 
 
-async def check_machine() -> list[Finding]:
-    """Check every part."""
+async def check_machine(begins: Callable[[str], None] = lambda name: None) -> list[Finding]:
+    """Check every part. begins: gets the name of each check before it runs."""
     addresses = BrokerAddresses()
-    return [
-        _python(),
-        *_extras(),
-        *_torch(),
-        *(brokers := await _brokers(addresses, inspect_machine())),
-        *(await _fleet(addresses) if all(broker.state != "missing" for broker in brokers) else []),
-        *_models(),
-        *_drafts(),
-        _port(),
-        *_resources(),
-    ]
+
+    async def brokers() -> list[Finding]:
+        findings = await _brokers(addresses, inspect_machine())
+        usable.update(one.part for one in findings if one.state != "missing")
+        return findings
+
+    async def fleet() -> list[Finding]:
+        return await _fleet(addresses) if usable == {"RabbitMQ", "Redis"} else []
+
+    usable: set[str] = set()
+    found: list[Finding] = []
+    for name, check in (
+        ("Python", _in_thread(_python)),
+        ("packages", _in_thread(_extras)),
+        ("torch", _in_thread(_torch)),
+        ("RabbitMQ and Redis", brokers),
+        ("running suite", fleet),
+        ("models", _in_thread(_models)),
+        ("draft", _in_thread(_drafts)),
+        ("port", _in_thread(_port)),
+        ("memory and disk", _in_thread(_resources)),
+    ):
+        begins(name)
+        found += await _limited(name, check)
+    return found
 
 
-def _python() -> Finding:
+async def _limited(name: str, check: Callable[[], Awaitable[list[Finding]]]) -> list[Finding]:
+    """Return a check's findings, or after `CHECK_S` that it has not ended."""
+    try:
+        async with asyncio.timeout(CHECK_S):
+            return await check()
+    except TimeoutError:
+        return [
+            Finding(
+                name,
+                "missing",
+                f"this check has not ended within {CHECK_S:g} s",
+                "the machine, its disk or a server may be too busy: try again when it is not",
+            )
+        ]
+
+
+def _in_thread(check: Callable[[], Iterable[Finding]]) -> Callable[[], Awaitable[list[Finding]]]:
+    """Return a check that runs in a thread of its own. The process does not wait for one that hangs."""
+
+    async def run() -> list[Finding]:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[list[Finding]] = loop.create_future()
+
+        def settle(found: list[Finding], error: BaseException | None) -> None:
+            if ended.done():
+                return
+            if error is None:
+                ended.set_result(found)
+            else:
+                ended.set_exception(error)
+
+        def work() -> None:
+            try:
+                found, error = list(check()), None
+            except Exception as raised:
+                found, error = [], raised
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(settle, found, error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return await ended
+
+    return run
+
+
+def _python() -> Iterator[Finding]:
     # Older versions cannot import this module.
-    return Finding("Python", "ok", f"{platform.python_version()} in {short(Path(sys.prefix))}")
+    yield Finding("Python", "ok", f"{platform.python_version()} in {short(Path(sys.prefix))}")
 
 
 def short(path: Path) -> str:
@@ -325,12 +388,13 @@ def _drafts() -> Iterator[Finding]:
         yield Finding("draft", "ok", f"{short(found.path)} for {found.card.target}")
 
 
-def _port() -> Finding:
+def _port() -> Iterator[Finding]:
     if is_free(LOOPBACK, API_PORT):
-        return Finding("port", "ok", f"{API_PORT} is free on {LOOPBACK}")
-    return Finding(
-        "port", "note", f"{API_PORT} is in use on {LOOPBACK}", f"choose another: make serve PORT={API_PORT + 1}"
-    )
+        yield Finding("port", "ok", f"{API_PORT} is free on {LOOPBACK}")
+    else:
+        yield Finding(
+            "port", "note", f"{API_PORT} is in use on {LOOPBACK}", f"choose another: make serve PORT={API_PORT + 1}"
+        )
 
 
 def _resources() -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import ast
 import importlib.metadata
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from difflib import get_close_matches
 from enum import StrEnum
@@ -329,7 +329,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     with errors_shown():
         from services.tools.cli.doctor import check_machine
 
-        findings = run(check_machine)
+        with err.status("checking …") if err.is_terminal else nullcontext() as status:
+
+            def begins(name: str) -> None:
+                if status is not None:
+                    status.update(f"checking {name} …")
+
+            findings = run(lambda: check_machine(begins))
         if as_json:
             print_fields(out, [asdict(finding) for finding in findings])
         else:

@@ -20,6 +20,8 @@ ATTEMPTS = 3
 RABBITMQ_START_S = 90.0
 REDIS_START_S = 20.0
 STOP_GRACE_S = 10.0
+LEAST_FREE_BYTES = 100_000_000
+"""Room that a server needs on the disk for its data and logs."""
 USER = "wisp"
 PATHS = ("/usr/local/bin", "/opt/homebrew/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
@@ -285,17 +287,51 @@ async def until_ready(check: Callable[[], Awaitable[str]], process: Process, log
                     await check()
                 except NotReady:
                     if not process.alive:
+                        shown = f"{_tail(log)}\n{process.tail()}"
                         raise EndedEarly(
-                            f"{process.name} ended with status {process.returncode} before it was ready:\n"
-                            f"{_tail(log)}\n{process.tail()}"
+                            f"{process.name} ended with status {process.returncode} before it was ready:\n{shown}\n"
+                            + advice(shown, log, _free_bytes(log), ended=True)
                         ) from None
                     await asyncio.sleep(0.05)
                 else:
                     return
     except TimeoutError:
         raise BrokersError(
-            f"{process.name} was not ready within {timeout_s:.0f} s; the end of its log ({log}):\n{_tail(log)}"
+            f"{process.name} was not ready within {timeout_s:.0f} s; the end of its log:\n{_tail(log)}\n"
+            + advice(_tail(log), log, _free_bytes(log), ended=False)
         ) from None
+
+
+def advice(shown: str, log: Path, free_bytes: int, *, ended: bool) -> str:
+    """Return what to do about a server that does not start.
+
+    shown: the end of its output. free_bytes: of the disk. ended: it has ended, instead of not answering.
+    """
+    words = shown.lower()
+    causes = {
+        "a port was taken by another program meanwhile: try again": ("eaddrinuse", "address already in use"),
+        f"the disk is full: free some space at {log.parent}": ("enospc", "no space left"),
+        f"files cannot be written at {log.parent}: give this user the folder": ("eacces", "permission denied"),
+        "memory is short: close other programs": ("enomem", "cannot allocate memory", "eheap_alloc", "out of memory"),
+        "its installation is damaged: install it again": ("exec format error", "cannot open shared object"),
+    }
+    found = [what for what, signs in causes.items() if any(sign in words for sign in signs)]
+    if free_bytes < LEAST_FREE_BYTES and not any("disk" in what for what in found):
+        found.append(f"the disk has only {free_bytes / 1e6:.0f} MB left: free some space at {log.parent}")
+    unknown = (
+        "its last lines above say why it ended"
+        if ended
+        else "the machine may be too busy: close other programs, and try again"
+    )
+    likely = "; ".join(found) or unknown
+    return (
+        f"→ {likely[0].upper()}{likely[1:]}. Or use servers that run already: set WISP_AMQP_URL and WISP_REDIS_URL. "
+        f"Its log: {log}"
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free
 
 
 async def kill(*processes: Process | None) -> None:
