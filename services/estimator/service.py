@@ -34,8 +34,12 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
         await registry.close()
 
 
+REMEMBERED = 1000
+"""Fits that are remembered. One that was forgotten continues from the stored model (`Estimator.receive`)."""
+
+
 class Estimator:
-    """The fits of all verifiers."""
+    """The fits of the verifiers that were measured last."""
 
     def __init__(self, settings: EstimatorSettings, broker: Broker, registry: Registry) -> None:
         self._settings = settings
@@ -44,6 +48,11 @@ class Estimator:
         self._log = logging.get()
         self._fits: dict[str, VerifierFit] = {}
         self._changed: set[str] = set()
+
+    @property
+    def remembered(self) -> int:
+        """Number of verifiers whose fits are remembered."""
+        return len(self._fits)
 
     async def receive(self, message: Message) -> None:
         """Learn from a verifier's sample; a start-up profile replaces everything learned before."""
@@ -54,8 +63,9 @@ class Estimator:
             # Not read at the start: the active estimator stores newer models while this one stands by.
             stored = None if message.profile else await self._stored(verifier_id)
             self._fits.setdefault(verifier_id, VerifierFit(verifier_id, self._settings.forgetting, stored))
-        fit = self._fits[verifier_id]
-        metrics.VERIFIERS.set(len(self._fits))
+        fit = self._fits.pop(verifier_id)
+        self._fits[verifier_id] = fit  # the latest measured one is the last
+        metrics.VERIFIERS.set(self.remembered)
         metrics.BATCHES.labels("profile" if message.profile else "live").inc(len(message.batches))
         if message.profile:
             fit.start_from(message.batches)
@@ -78,6 +88,13 @@ class Estimator:
                     await self._registry.save_cost_model(model)
                 except BrokersError as error:
                     self._log.warning("cost model not stored", verifier=verifier_id, error=str(error))
+            self._forget()
+
+    def _forget(self) -> None:
+        """Forget the fits beyond `REMEMBERED` that were measured longest ago, unless they are still to be published."""
+        for verifier_id in [*self._fits][: max(0, len(self._fits) - REMEMBERED)]:
+            if verifier_id not in self._changed:
+                del self._fits[verifier_id]
 
     async def _stored(self, verifier_id: str) -> CostModel | None:
         """Return the stored model of a verifier; None if there is none or Redis is unavailable."""

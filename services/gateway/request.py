@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from secrets import randbits, token_hex
@@ -17,7 +18,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of, grammar_of_calls
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import Limits, Prompt, chat_prompts, completion_prompts, predicted_tokens
-from services.gateway.rules import check_token_ids, rules_of
+from services.gateway.rules import check_token_ids, find_blank_ids, rules_of
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, HeaderOptions
 from services.gateway.tools import ToolForm, tool_form
 from shared.broker.topology import DEFAULT_POOL, device_name
@@ -45,6 +46,8 @@ async def accept(gateway: Gateway, http: Request, request: GenerationRequest, st
     if request.prediction is not None:
         predicted = await predicted_tokens(model.tokenizer, limits, request.prediction)
     grammar = await grammar_of(request, model) if request.has_grammar else None
+    if request.reasoning_budget is not None:
+        await asyncio.to_thread(find_blank_ids, model)
     return new_answer(gateway, request, http.headers, prompts, limits, key, started_s, predicted, grammar)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.gateway.core.reasoning import CLOSE, OPEN
+from services.gateway.core.reasoning import CLOSE, OPEN, TAGS
 from services.gateway.errors import invalid
 from services.gateway.model import ServedModel
 from services.gateway.schema import GenerationRequest
@@ -44,6 +44,15 @@ def rules_of(request: GenerationRequest, model: ServedModel, thinks: bool | None
         allowed_token_ids=None if request.allowed_token_ids is None else sorted({*request.allowed_token_ids}),
         reasoning=None if request.reasoning_budget is None else _budget(request.reasoning_budget, model, thinks),
     )
+
+
+def find_blank_ids(model: ServedModel) -> None:
+    """Let the tokenizer find its blank tokens, once: `rules_of` needs them for a budget of reasoning.
+
+    It reads all tokens of the vocabulary, which takes a second or more. Call it in a thread.
+    """
+    if all(model.tokenizer.added_token(tag) is not None for tag in TAGS):
+        _ = model.tokenizer.blank_ids
 
 
 def _budget(most: int, model: ServedModel, thinks: bool | None) -> ReasoningBudget:

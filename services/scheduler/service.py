@@ -80,8 +80,6 @@ class Scheduler:
         self._decided_ms = math.inf
         self._sending: set[asyncio.Task[None]] = set()
         self._spans = QueueSpans()
-        self._timed: dict[str, str] = {}
-        """By verifier: the latest batch whose predicted time was compared with the measured one."""
         self._log = logging.get()
 
     async def recall(self, registry: Registry) -> None:
@@ -168,8 +166,8 @@ class Scheduler:
             return
         metrics.INTERFERENCE.observe(metrics.interference_ms(result, state.model) / 1000)
         # The results of a batch follow each other.
-        if self._timed.get(result.verifier) != result.batch and (error := metrics.prediction_error(result)) is not None:
-            self._timed[result.verifier] = result.batch
+        if state.timed_batch != result.batch and (error := metrics.prediction_error(result)) is not None:
+            state.timed_batch = result.batch
             metrics.PREDICTION_ERROR.observe(error)
 
     async def _send(self, verifier_id: str, batch: Batch, trace: tracing.Headers | None) -> None:

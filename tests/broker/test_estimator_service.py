@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from patience import HANG_S
 
+from services.estimator import service
 from services.estimator.service import serve
 from services.estimator.settings import EstimatorSettings
 from shared import cost
@@ -15,6 +16,7 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.errors import Unroutable
 from shared.messages import CostModel, Measurement, Message, Sample
+from shared.state.registry import Registry
 from shared.state.store import Store
 
 
@@ -69,3 +71,36 @@ async def test_models_are_published_stored_and_continued_after_a_restart(
     assert third.samples == len(samples(3.0))
     await broker.close()
     await store.close()
+
+
+async def test_a_verifier_that_was_forgotten_continues_from_its_stored_model(
+    amqp_url: str, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "REMEMBERED", 2)
+    settings = EstimatorSettings(amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, publish_ms=50)
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    registry = Registry.connect(redis_url, namespace)
+    estimator = service.Estimator(settings, broker, registry)
+    publishing = asyncio.create_task(estimator.publish())
+
+    async def learned(verifier_id: str, version: int, *, profile: bool) -> CostModel:
+        sample = Sample(verifier=verifier_id, batches=samples(1.0)[: None if profile else 1], profile=profile)
+        await estimator.receive(sample)
+        async with asyncio.timeout(HANG_S):
+            while True:
+                for model in await registry.cost_models():
+                    if (model.verifier, model.version) == (verifier_id, version):
+                        return model
+                await asyncio.sleep(0.02)
+
+    first = await learned("v0", 1, profile=True)
+    for number in range(1, 4):
+        await learned(f"v{number}", 1, profile=True)
+    async with asyncio.timeout(HANG_S):
+        while estimator.remembered > 2:  # noqa: ASYNC110 - it forgets after it has published
+            await asyncio.sleep(0.02)
+    again = await learned("v0", 2, profile=False)
+    assert again.samples == first.samples + 1
+    publishing.cancel()
+    await broker.close()
+    await registry.close()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import threading
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn
@@ -1416,6 +1418,21 @@ async def test_a_budget_of_reasoning_begins_where_the_reasoning_does(tmp_path: P
         rules = thinker.generated[-1].sampling.rules
         assert rules is not None
         assert rules.reasoning == budget
+
+
+async def test_the_vocabulary_is_read_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    thinker, readers = await thinking_app(tmp_path, tags="tokens"), list[threading.Thread]()
+
+    def found(self: Tokenizer) -> list[int]:
+        readers.append(threading.current_thread())
+        return []
+
+    blank_ids = cached_property(found)
+    blank_ids.__set_name__(Tokenizer, "blank_ids")
+    monkeypatch.setattr(Tokenizer, "blank_ids", blank_ids)
+    assert (await thinker.chat(thinking_token_budget=7)).status_code == 200
+    (reader,) = readers
+    assert reader is not threading.main_thread()
 
 
 async def test_a_budget_is_refused_where_tags_are_no_tokens(app: App, tmp_path: Path) -> None:

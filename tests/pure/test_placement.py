@@ -48,6 +48,24 @@ def test_prompts_lengthen_a_period_by_what_is_not_hidden() -> None:
     assert busy == pytest.approx(cost.predict_ms(ACCELERATOR, cost.shape_of([*rounds, (tokens, 256, 0)])), rel=0.01)
 
 
+def test_cost_models_of_verifiers_that_are_gone_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.scheduler.core.fleet.REMEMBERED", 3)
+    fleet = VerifierFleet(3000.0, migrate=True, mix=False)
+
+    def seen(name: str, ms: float) -> float:
+        """A verifier joins, is measured and leaves. Return the cost of a token by which it was predicted at first."""
+        fleet.on_heartbeat(builders.heartbeat(name), 0.0)
+        before = cost.token_ms(fleet.verifiers[name].model)
+        fleet.on_cost_model(builders.cost_model(name, (ms,) * cost.SIZE), 0.0)
+        fleet.drop(name, 0.0)
+        return before
+
+    first = [seen(f"v{i}", 10.0 + i) for i in range(5)]
+    assert set(first) == {cost.token_ms(cost.FALLBACK)}
+    assert seen("v4", 14.0) == cost.token_ms(builders.cost_model("v4", (14.0,) * cost.SIZE)), "it was away for a while"
+    assert seen("v0", 10.0) == cost.token_ms(cost.FALLBACK), "it was forgotten"
+
+
 def test_more_prompts_than_a_verifier_computes_do_not_break_the_period() -> None:
     assert 0 < period_ms(ACCELERATOR, 10, 300, 2.5) < period_ms(ACCELERATOR, 10, 300, 2.7)
     assert period_ms(ACCELERATOR, 10, 300, 100.0) < 10_000

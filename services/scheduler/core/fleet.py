@@ -12,6 +12,8 @@ from shared.messages import CostModel, Heartbeat
 
 CHANGED = 1.25
 """A verifier's queue is sorted anew when its predicted times have changed by this factor."""
+REMEMBERED = 1000
+"""Cost models that are remembered: a verifier that was away is predicted by its own again."""
 
 
 class VerifierFleet:
@@ -95,6 +97,7 @@ class VerifierFleet:
             state = VerifierState(heartbeat, now_ms, model, idle_since_ms=now_ms)
             self.verifiers[verifier_id] = state
             self.queues[verifier_id] = RoundQueue()
+            self._sorted_by[verifier_id] = model
         state.heartbeat, state.seen_ms = heartbeat, now_ms
         before, state.cached = state.cached, {held.session: held.cached for held in heartbeat.residency}
         state.unknown_sessions = sum(1 for session_id in state.cached if session_id not in self.sessions)
@@ -108,11 +111,14 @@ class VerifierFleet:
 
     def on_cost_model(self, model: CostModel, now_ms: float) -> None:
         """Predict a verifier's times by this model from now on."""
+        self._models.pop(model.verifier, None)  # the latest changed model is the last one
         self._models[model.verifier] = model
+        while len(self._models) > max(REMEMBERED, len(self.verifiers)):
+            del self._models[next(iter(self._models))]
         if (state := self.verifiers.get(model.verifier)) is None:
             return
         state.model = model
-        sorted_by = self._sorted_by.get(model.verifier, cost.FALLBACK)
+        sorted_by = self._sorted_by[model.verifier]
         if not 1 / CHANGED < cost.token_ms(model) / max(1e-9, cost.token_ms(sorted_by)) < CHANGED:
             self._sorted_by[model.verifier] = model
             self._place_again(self.queues[model.verifier].rounds, now_ms)
@@ -120,6 +126,7 @@ class VerifierFleet:
     def drop(self, verifier_id: str, now_ms: float) -> list[PendingRound]:
         """Remove a verifier and place its queued rounds elsewhere; return the rounds of its batches in flight."""
         state, queue = self.verifiers.pop(verifier_id), self.queues.pop(verifier_id)
+        del self._sorted_by[verifier_id]
         for session in self.sessions.values():
             if session.verifier_id == verifier_id:
                 session.verifier_id = None

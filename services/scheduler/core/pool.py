@@ -193,6 +193,8 @@ class VerifierState:
     """Sessions in its cache that this scheduler has received no round of."""
     gap_ms: float = 0.0
     """Idle time between two of its batches: a moving average."""
+    timed_batch: str = ""
+    """The latest batch whose predicted time was compared with the measured one."""
 
     @property
     def verifier_id(self) -> str:
