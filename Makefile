@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers test-clients test-gpu lint clean tools lock-tools lock-clients k8s-settings bench-engine bench-formats gpu-check gpu-bundle bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-clients test-gpu lint clean tools lock-tools lock-clients k8s-settings bench-engine bench-formats gpu-check gpu-bundle bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar bench-vocabulary calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -116,6 +116,9 @@ bench-edits: setup ## predicted outputs on 50 edits
 
 bench-learning: setup ## a draft that learns from its requests
 	@$(BIN)/wisp bench learning $(ARGS)
+
+bench-vocabulary: setup ## drafts by models with other vocabularies
+	@$(BIN)/wisp bench vocabulary $(ARGS)
 
 bench-stream: setup ## one stream with and without drafts, and transformers
 	@$(BIN)/wisp bench stream $(ARGS)

@@ -40,7 +40,9 @@ class DraftSettings(TargetSettings):
     hidden_draft: Path | None = Field(
         None, description="folder of a hidden-state draft (wisp draft train); default: the one shipped for the target"
     )
-    draft_model: Path | None = Field(None, description="folder of a draft model with the target's vocabulary")
+    draft_model: Path | None = Field(
+        None, description="folder of a draft model; one with the target's vocabulary fits best, a similar one too"
+    )
     draft_dtype: Literal["bfloat16", "float32", "int8"] = Field(
         "bfloat16", description="format of the draft model's weights; int8 on the CPU only"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -24,6 +24,24 @@ class Vocabulary(Protocol):
         """Return the ids of a text without control tokens."""
 
 
+def inside(body: bytes, encode: Callable[[str], list[int]], piece: Callable[[int], bytes]) -> list[int] | None:
+    """Return the tokens of a text inside another text; None if the tokenizer changes the text.
+
+    encode: returns the tokens of a text by itself. piece: returns a token's bytes.
+    """
+    # SentencePiece puts a space before each text; behind another character it does not.
+    for before in (b"", _MARK):
+        ids = encode((before + body).decode("utf-8", "replace"))
+        pieces = [piece(token) for token in ids]
+        start, end = 0, b""
+        while before and start < len(ids) and not end.endswith(before):
+            end += pieces[start]
+            start += 1
+        if b"".join(pieces[start:]) == body:
+            return ids[start:]
+    return None
+
+
 class GrammarVocabulary:
     """A vocabulary as llguidance reads it. A token without bytes is never allowed."""
 
@@ -43,23 +61,11 @@ class GrammarVocabulary:
         return list(self._inside(text.encode() if isinstance(text, str) else text))
 
     def _inside_answer(self, body: bytes) -> Sequence[int]:
-        # SentencePiece puts a space before each text; behind another character it does not.
-        for before in (b"", _MARK):
-            ids = self._vocabulary.encode_plain((before + body).decode("utf-8", "replace"))
-            if (inside := self._after(ids, before)) is not None and self._bytes(inside) == body:
-                return inside
-        return self._greedy(body)
+        ids = inside(body, self._vocabulary.encode_plain, self._piece)
+        return self._greedy(body) if ids is None else ids
 
-    def _after(self, ids: list[int], before: bytes) -> list[int] | None:
-        """Return the tokens behind the text `before`; None if it does not end with a token."""
-        if not before:
-            return ids
-        ends = (at for at in range(1, len(ids) + 1) if self._bytes(ids[:at]).endswith(before))
-        end = next(ends, None)
-        return None if end is None else ids[end:]
-
-    def _bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.tokens[token] for token in ids if token < len(self.tokens))
+    def _piece(self, token: int) -> bytes:
+        return self.tokens[token] if token < len(self.tokens) else b""
 
     def _greedy(self, body: bytes) -> list[int]:
         """Return the longest token at each place of a text that the tokenizer changes."""

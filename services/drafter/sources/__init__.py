@@ -14,7 +14,9 @@ __all__ = [
     "States",
     "hidden",
     "model",
+    "pairing",
     "registry",
     "statistics",
+    "translated",
     "twin",
 ]

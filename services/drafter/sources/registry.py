@@ -194,6 +194,8 @@ def _load_model(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> 
     from services.drafter.sources.model import ModelDrafts
     from shared.engine import Engine
 
+    folder = ModelFolder(settings.draft_model)
+    target = _other_vocabulary(folder, settings.target)
     engine = Engine(
         settings.draft_model,
         dtype=settings.draft_dtype,
@@ -201,7 +203,32 @@ def _load_model(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> 
         threads=settings.threads,
         budget_tokens=settings.cache_tokens,
     )
-    return LoadedSource(ModelDrafts(engine), vocab_fingerprint=ModelFolder(settings.draft_model).vocab_fingerprint)
+    if target is None:
+        return LoadedSource(ModelDrafts(engine), vocab_fingerprint=folder.vocab_fingerprint)
+    from services.drafter.sources.pairing import translation
+    from services.drafter.sources.translated import TranslatedDrafts
+
+    drafts = TranslatedDrafts(engine, translation(folder, target))
+    return LoadedSource(drafts, vocab_fingerprint=target.vocab_fingerprint)
+
+
+def _other_vocabulary(draft: ModelFolder, target_path: Path) -> ModelFolder | None:
+    """Return the target's folder if its vocabulary is not the draft model's.
+
+    None too if there is no such folder; each request then shows its target's vocabulary. Raises ModelError if the two
+    have too little in common.
+    """
+    from services.drafter.sources.pairing import covered
+
+    if not target_path.is_dir():
+        return None
+    target = ModelFolder(target_path)
+    if (share := covered(draft, target)) is None:
+        return None
+    logging.get().info(
+        "the draft model has another vocabulary; its tokens are read as the target's", covered=round(share, 3)
+    )
+    return target
 
 
 SOURCES: Mapping[str, SourceKind] = {

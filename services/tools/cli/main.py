@@ -118,6 +118,7 @@ class Benchmark(StrEnum):
     SCHEDULER = "scheduler"
     STREAM = "stream"
     TWIN = "twin"
+    VOCABULARY = "vocabulary"
 
     @property
     def summary(self) -> str:
@@ -147,6 +148,7 @@ BENCHMARK_EXTRAS = {
     Benchmark.SCALING: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),
     Benchmark.TWIN: ("gateway", "model", "client", "bench", "simulator"),
+    Benchmark.VOCABULARY: ("model", "training"),
 }
 """Extras that a benchmark needs; the others need `model`."""
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from services.tools.local.folder import checkout
 from services.tools.local.service_commands import ServiceCommands
 from services.tools.local.settings import LocalSettings
-from shared.errors import SettingsError
+from shared.errors import ModelError, SettingsError
 from shared.runtime.settings import WispSettings, variable, variables
 from shared.runtime.settings_loading import from_environment, misspelt, problems_of
 
@@ -70,6 +70,7 @@ def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Itera
             and not (checkout() / value).exists()
         ):
             yield f"{variable(name)}: there is no {value}"
+    yield from _unfit_draft(settings)
     if profile := getattr(settings, "device_profile", ""):
         from services.drafter.link import load_profile
 
@@ -77,3 +78,19 @@ def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Itera
             load_profile(profile)
         except SettingsError as error:
             yield str(error)
+
+
+def _unfit_draft(settings: WispSettings) -> Iterator[str]:
+    """Yield why a draft model does not fit the target, if both folders are there."""
+    draft, target = (getattr(settings, name, None) for name in ("draft_model", "target"))
+    if not isinstance(draft, Path) or not isinstance(target, Path):
+        return
+    if not (checkout() / draft).is_dir() or not (checkout() / target).is_dir():
+        return
+    from services.drafter.sources.pairing import covered
+    from shared.models.folder import ModelFolder
+
+    try:
+        covered(ModelFolder(checkout() / draft), ModelFolder(checkout() / target))
+    except ModelError as error:
+        yield f"{variable('draft_model')}: {error}"

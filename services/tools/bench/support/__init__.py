@@ -1,3 +1,3 @@
 """Parts that benchmarks and the chaos tool share: results, options, drafts, random words, tiny models, relays."""
 
-__all__ = ["options", "relay", "report", "tiny", "words"]
+__all__ = ["options", "pair", "relay", "report", "tiny", "words"]

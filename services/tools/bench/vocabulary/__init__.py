@@ -1,0 +1,1 @@
+"""Drafts by a model with another vocabulary than the target's."""
