@@ -158,11 +158,20 @@ ServingOption = Annotated[
 ]
 
 
-def _refuse_parts(serving: ServingChoice, drafters: int, verifiers: int, *, drafts: bool) -> None:
-    """Raise SettingsError for options of processes or drafts that this way of serving does not have."""
+def _refuse_parts(
+    serving: ServingChoice,
+    drafters: int,
+    verifiers: int,
+    draft: str | None,
+    draft_model: Path | None,
+    hidden_draft: Path | None,
+) -> None:
+    """Raise SettingsError for options of drafts or processes that miss another one or do not fit the way of serving."""
+    if draft == "model" and draft_model is None:
+        raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
     if serving is not ServingChoice.WISP and (drafters, verifiers) != (1, 1):
         raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
-    if serving is ServingChoice.CENTRALIZED and drafts:
+    if serving is ServingChoice.CENTRALIZED and (draft or draft_model or hidden_draft):
         raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
 
 
@@ -195,9 +204,7 @@ def stack_for(
     from services.tools.local.stack import Stack
     from services.tools.local.target import prepare_target, prepare_twin, refuse_bad_sampling
 
-    if draft == "model" and draft_model is None:
-        raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
-    _refuse_parts(serving, drafters, verifiers, drafts=bool(draft or draft_model or hidden_draft))
+    _refuse_parts(serving, drafters, verifiers, draft, draft_model, hidden_draft)
     if trace and not target_profile:
         raise SettingsError("--trace needs the emulated hardware: --target-profile NAME")
     progress = ConsoleProgress(console)

@@ -13,22 +13,50 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
-from services.tools.bench.load.arms import NAMES, arms_of
+from services.tools.bench.load.arms import arms_of
 from services.tools.bench.load.campaign import THREADS, ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.requests import MOST_SESSIONS, from_lines, to_lines
 from services.tools.bench.load.crossover import SESSIONS as CROSSOVER_SESSIONS
 from services.tools.bench.load.crossover import CrossoverBench
 from services.tools.bench.load.crossover import workload as crossover_workload
+from services.tools.bench.load.options import (
+    SESSIONS,
+    AcceptanceOption,
+    AdmissionOption,
+    AgainOption,
+    ArmsOption,
+    CacheTokensOption,
+    CrossoverOption,
+    DrainOption,
+    FirstOption,
+    MeasuredOption,
+    MostOption,
+    NameOption,
+    PoolsOption,
+    PrintWorkloadOption,
+    RepeatOption,
+    RequestsOption,
+    SearchOption,
+    SeedOption,
+    SessionsOption,
+    TargetProfileOption,
+    TokensOption,
+    ToleranceOption,
+    TraceOption,
+    UrlOption,
+    WarmUpOption,
+    WorkloadOption,
+    WriteRequestsOption,
+)
 from services.tools.bench.load.report import conclude, replot
 from services.tools.bench.load.workload import default_text, workload_of
 from services.tools.bench.support.options import (
-    TARGET_PANEL,
     DtypeOption,
     TargetOption,
     let_idle_threads_sleep,
@@ -46,17 +74,7 @@ from shared.models.folder import AUTO, ModelFolder
 from shared.twin.layout import is_twin
 
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
-SESSIONS = "2,4,8,16"
 NAME = "load"
-ARMS_PANEL = "Arms and points"
-SEARCH_PANEL = "Search for the capacity"
-TIME_PANEL = "Length of a point"
-REQUESTS_PANEL = "Requests"
-SERVER_PANEL = "A server that runs already"
-TWIN_PANEL = "Emulated hardware"
-CROSSOVER_PANEL = "Crossover of drafts and plain decoding"
-RESULTS_PANEL = "Results"
-
 
 IGNORED_BY_CROSSOVER = (
     "arms", "first", "most", "tolerance", "repeat", "search", "warm_up", "measured", "drain", "workload", "requests",
@@ -66,126 +84,34 @@ IGNORED_BY_CROSSOVER = (
 
 def main(
     context: typer.Context,
-    arms: Annotated[
-        str,
-        typer.Option(
-            help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.", rich_help_panel=ARMS_PANEL
-        ),
-    ] = ARMS,
-    sessions: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Numbers of sessions to measure. \\[default: {SESSIONS}; with --search: none]",
-            rich_help_panel=ARMS_PANEL,
-        ),
-    ] = None,
-    search: Annotated[
-        bool,
-        typer.Option(
-            "--search",
-            help="Search for the capacity: the most sessions whose requests attain.",
-            rich_help_panel=SEARCH_PANEL,
-        ),
-    ] = False,
-    first: Annotated[
-        int, typer.Option(min=1, help="Sessions at which a search starts.", rich_help_panel=SEARCH_PANEL)
-    ] = 4,
-    most: Annotated[
-        int, typer.Option(min=1, max=MOST_SESSIONS - 1, help="Most sessions of a search.", rich_help_panel=SEARCH_PANEL)
-    ] = 64,
-    tolerance: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Resolution of a search, as a share of the capacity.", rich_help_panel=SEARCH_PANEL
-        ),
-    ] = 0.1,
-    repeat: Annotated[
-        int, typer.Option(min=1, help="Measurements of each number of sessions.", rich_help_panel=ARMS_PANEL)
-    ] = 1,
-    warm_up: Annotated[
-        float, typer.Option(min=0, help="Seconds of load before the window.", rich_help_panel=TIME_PANEL)
-    ] = 10.0,
-    measured: Annotated[
-        float, typer.Option("--measure", min=1, help="Seconds in which requests count.", rich_help_panel=TIME_PANEL)
-    ] = 60.0,
-    drain: Annotated[
-        float, typer.Option(min=0, help="Longest wait for these requests, in seconds.", rich_help_panel=TIME_PANEL)
-    ] = 30.0,
-    workload: Annotated[
-        Path | None, typer.Option(help="TOML file of the workload.", rich_help_panel=REQUESTS_PANEL)
-    ] = None,
-    print_workload: Annotated[
-        bool, typer.Option("--print-workload", help="Print the packaged one and exit.", rich_help_panel=REQUESTS_PANEL)
-    ] = False,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Seed of the requests; overrides the workload's.", rich_help_panel=REQUESTS_PANEL),
-    ] = None,
-    requests: Annotated[
-        Path | None, typer.Option(help="Take the requests from this JSON-lines file.", rich_help_panel=REQUESTS_PANEL)
-    ] = None,
-    write_requests: Annotated[
-        Path | None, typer.Option(help="Write the sent requests to a JSON-lines file.", rich_help_panel=REQUESTS_PANEL)
-    ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Measure this server instead of a stack; the URL ends in /v1.", rich_help_panel=SERVER_PANEL),
-    ] = None,
-    pools: Annotated[
-        bool,
-        typer.Option(
-            "--pools",
-            help="With --url: name the drafter pool of its hardware in each request.",
-            rich_help_panel=SERVER_PANEL,
-        ),
-    ] = False,
-    admission: Annotated[
-        bool, typer.Option("--admission", help="Let the suite's gateway refuse requests.", rich_help_panel=ARMS_PANEL)
-    ] = False,
+    arms: ArmsOption = ARMS,
+    sessions: SessionsOption = None,
+    search: SearchOption = False,
+    first: FirstOption = 4,
+    most: MostOption = 64,
+    tolerance: ToleranceOption = 0.1,
+    repeat: RepeatOption = 1,
+    warm_up: WarmUpOption = 10.0,
+    measured: MeasuredOption = 60.0,
+    drain: DrainOption = 30.0,
+    workload: WorkloadOption = None,
+    print_workload: PrintWorkloadOption = False,
+    seed: SeedOption = None,
+    requests: RequestsOption = None,
+    write_requests: WriteRequestsOption = None,
+    url: UrlOption = None,
+    pools: PoolsOption = False,
+    admission: AdmissionOption = False,
     target: TargetOption = None,
-    target_profile: Annotated[
-        str | None,
-        typer.Option(
-            help="Measure the twin of this target profile (a name, or a file of `wisp calibrate`).",
-            rich_help_panel=TWIN_PANEL,
-        ),
-    ] = None,
-    acceptance: Annotated[
-        float,
-        typer.Option(
-            min=0.01, max=0.99, help="Chance of the twin's draft tokens to be accepted.", rich_help_panel=TWIN_PANEL
-        ),
-    ] = 0.75,
-    trace: Annotated[
-        str | None,
-        typer.Option(
-            help="Trace of the twin, instead of an acceptance (a name, or a file).", rich_help_panel=TWIN_PANEL
-        ),
-    ] = None,
+    target_profile: TargetProfileOption = None,
+    acceptance: AcceptanceOption = 0.75,
+    trace: TraceOption = None,
     dtype: DtypeOption = AUTO,
-    cache_tokens: Annotated[
-        int, typer.Option(min=1024, help="KV budget of the target, in tokens.", rich_help_panel=TARGET_PANEL)
-    ] = 32768,
-    name: Annotated[
-        str, typer.Option(help="Name of the result files in .wisp/results.", rich_help_panel=RESULTS_PANEL)
-    ] = NAME,
-    crossover: Annotated[
-        bool,
-        typer.Option(
-            "--crossover",
-            help="Measure the time per token by number of streams instead, with drafts allowed, none and forced.",
-            rich_help_panel=CROSSOVER_PANEL,
-        ),
-    ] = False,
-    tokens: Annotated[
-        int, typer.Option(min=16, help="Tokens of each stream of --crossover.", rich_help_panel=CROSSOVER_PANEL)
-    ] = 48,
-    again: Annotated[
-        bool,
-        typer.Option(
-            "--replot", help="Draw the picture of an earlier run again and exit.", rich_help_panel=RESULTS_PANEL
-        ),
-    ] = False,
+    cache_tokens: CacheTokensOption = 32768,
+    name: NameOption = NAME,
+    crossover: CrossoverOption = False,
+    tokens: TokensOption = 48,
+    again: AgainOption = False,
 ) -> None:
     """Measure SLO attainment under load. Ctrl-C ends the run and keeps its results."""
     with errors_shown():
@@ -217,11 +143,18 @@ def main(
             workload=spec,
             requests=from_lines(_read(requests)) if requests else spec,
         )
-        facts: dict[str, Any] = {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
-        if target_profile:
-            drafts = {"trace": trace} if trace else {"acceptance": acceptance}
-            facts = {"target_profile": target_profile, **drafts, "admission": admission}
-        _run(plan, url, pools, settings, machine() | facts, name, write_requests, console)
+        facts = machine() | _facts(target_profile, acceptance, trace, cache_tokens, admission)
+        _run(plan, url, pools, settings, facts, name, write_requests, console)
+
+
+def _facts(
+    target_profile: str | None, acceptance: float, trace: str | None, cache_tokens: int, admission: bool
+) -> dict[str, Any]:
+    """Return what the results name of the arms' settings, beside the machine."""
+    if not target_profile:
+        return {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
+    drafts = {"trace": trace} if trace else {"acceptance": acceptance}
+    return {"target_profile": target_profile, **drafts, "admission": admission}
 
 
 def _refuse_ignored(context: typer.Context) -> None:

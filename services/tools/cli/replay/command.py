@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.text import Text
 
-from services.tools.cli.replay.options import RECORDING, AmqpUrl, Namespace, Since, Until
+from services.tools.cli.replay.options import (
+    AmqpUrl,
+    AsJsonOption,
+    DraftLengthOption,
+    EveryOption,
+    File,
+    InjectOption,
+    IntoOption,
+    Namespace,
+    PolicyOption,
+    RedisUrlOption,
+    SessionArgument,
+    SessionsOption,
+    Since,
+    SpeedOption,
+    StepsOption,
+    StopRuleOption,
+    TargetOption,
+    TimeLimitOption,
+    TraceOption,
+    Until,
+    VerifyOption,
+    VhostOption,
+)
 from services.tools.cli.terminal import err, errors_shown, out, print_fields, require
 from shared.errors import SettingsError
 
@@ -18,103 +41,29 @@ if TYPE_CHECKING:
 
 VERIFY_LIMIT_S = 600.0
 """Default limit on the time of --verify."""
-SHOW = "Timelines"
-VERIFY = "Compute the batches again"
-POLICY = "Replay under another batch policy"
-INJECT = "Send the requests to another suite"
-
-File = Annotated[
-    Path | None,
-    typer.Option(help="A file by `wisp journal export` in place of the live journal.", rich_help_panel=RECORDING),
-]
 
 
 def replay(
-    session: Annotated[
-        str | None, typer.Argument(help="A session's id or the beginning of it. \\[default: list all sessions]")
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Show the timelines of all sessions.", rich_help_panel=SHOW)
-    ] = False,
-    steps: Annotated[
-        bool, typer.Option("--steps", help="Show the steps of runs too, report by report.", rich_help_panel=SHOW)
-    ] = False,
+    session: SessionArgument = None,
+    every: EveryOption = False,
+    steps: StepsOption = False,
     since: Since = None,
     until: Until = None,
     file: File = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=SHOW)] = False,
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or speedscope.", rich_help_panel=SHOW),
-    ] = None,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Compute the batches again and compare bit for bit; exit status 1 if they differ, 3 if they "
-            "differ only where the recording is of another arithmetic.",
-            rich_help_panel=VERIFY,
-        ),
-    ] = False,
-    sessions: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="For --verify: only so many sessions, the latest. \\[default: all]", rich_help_panel=VERIFY
-        ),
-    ] = None,
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="For --verify: seconds of computing; 0 has no limit. \\[default: 600]", rich_help_panel=VERIFY
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Replay the same requests in virtual time under this batch policy; may be repeated.",
-            rich_help_panel=POLICY,
-        ),
-    ] = None,
-    stop_rule: Annotated[
-        str | None,
-        typer.Option(
-            help="For --policy: `marginal` decides anew how much of each draft is sent.", rich_help_panel=POLICY
-        ),
-    ] = None,
-    draft_length: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="For --policy: cut drafts to this length; 0 is plain decoding.", rich_help_panel=POLICY
-        ),
-    ] = None,
-    inject: Annotated[
-        bool,
-        typer.Option(
-            "--inject",
-            help="Send the recorded requests to a suite in another virtual host (--vhost).",
-            rich_help_panel=INJECT,
-        ),
-    ] = False,
-    vhost: Annotated[
-        str | None, typer.Option(help="For --inject: the virtual host; never the live one.", rich_help_panel=INJECT)
-    ] = None,
-    into: Annotated[
-        str | None,
-        typer.Option(help="For --inject: the namespace of that suite. \\[default: wisp]", rich_help_panel=INJECT),
-    ] = None,
-    redis_url: Annotated[
-        str | None,
-        typer.Option(help="For --inject: the Redis of that suite. \\[env: WISP_REDIS_URL]", rich_help_panel=INJECT),
-    ] = None,
-    speed: Annotated[
-        float, typer.Option(min=0.001, help="For --inject: times the recorded speed.", rich_help_panel=INJECT)
-    ] = 1.0,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="Target model, for --verify and for the text of tokens. \\[env: WISP_TARGET]", rich_help_panel=SHOW
-        ),
-    ] = None,
+    as_json: AsJsonOption = False,
+    trace: TraceOption = None,
+    verify: VerifyOption = False,
+    sessions: SessionsOption = None,
+    time_limit: TimeLimitOption = None,
+    policy: PolicyOption = None,
+    stop_rule: StopRuleOption = None,
+    draft_length: DraftLengthOption = None,
+    inject: InjectOption = False,
+    vhost: VhostOption = None,
+    into: IntoOption = None,
+    redis_url: RedisUrlOption = None,
+    speed: SpeedOption = 1.0,
+    target: TargetOption = None,
     namespace: Namespace = None,
     amqp_url: AmqpUrl = None,
 ) -> None:
@@ -128,10 +77,8 @@ def replay(
             raise SettingsError(
                 "--policy replays all sessions, because they share batches; choose with --since, --until"
             )
-        if not inject and (vhost, into, redis_url, speed) != (None, None, None, 1.0):
-            raise SettingsError("--vhost, --into, --redis-url and --speed belong to --inject")
-        if not verify and (sessions, time_limit) != (None, None):
-            raise SettingsError("--sessions and --time-limit belong to --verify")
+        of_inject = (vhost, into, redis_url, speed) != (None, None, None, 1.0)
+        _refuse_strays(inject, verify, of_inject=of_inject, of_verify=(sessions, time_limit) != (None, None))
         if steps and (as_json or (session is None and not every)):
             raise SettingsError("--steps shows timelines in more detail: name a session, or give --all; JSON has all")
         recording = load_recording(file, since, until, namespace, amqp_url)
@@ -139,15 +86,10 @@ def replay(
             require("model")
             from services.tools.cli.replay.verify import verify_recording
 
-            status = verify_recording(
-                recording,
-                session,
-                target,
-                most_sessions=sessions,
-                time_limit_s=VERIFY_LIMIT_S if time_limit is None else time_limit,
-                as_json=as_json,
-            )
-            if status:
+            limit_s = VERIFY_LIMIT_S if time_limit is None else time_limit
+            if status := verify_recording(
+                recording, session, target, most_sessions=sessions, time_limit_s=limit_s, as_json=as_json
+            ):
                 raise typer.Exit(status)
         elif inject:
             from services.tools.cli.replay.inject import inject_requests
@@ -161,6 +103,14 @@ def replay(
             compare_policies(recording, policy or [], stop_rule, draft_length, as_json=as_json)
         else:
             _show_sessions(recording, session, target, trace, as_json=as_json, every=every, steps=steps)
+
+
+def _refuse_strays(inject: bool, verify: bool, *, of_inject: bool, of_verify: bool) -> None:
+    """Raise SettingsError for options of --inject or --verify without it."""
+    if of_inject and not inject:
+        raise SettingsError("--vhost, --into, --redis-url and --speed belong to --inject")
+    if of_verify and not verify:
+        raise SettingsError("--sessions and --time-limit belong to --verify")
 
 
 def _show_sessions(
