@@ -24,7 +24,8 @@ from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target_parts import as_tensor, target_parts
 from services.drafter.learning.batches import Minibatch, batches
-from services.drafter.learning.loss import bottom_outputs, shaped, unrolled
+from services.drafter.learning.head_loss import shaped
+from services.drafter.learning.loss import bottom_outputs, unrolled
 from services.drafter.learning.reports import DraftWeights, LearningOptions, LearningOutcome, LearningReport
 from services.drafter.learning.update import LossOptions, computes_bfloat16, optimiser_of, set_rate, update
 from shared.messages import Sampling

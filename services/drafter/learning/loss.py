@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.drafter.hidden.model import HiddenDraft, run_layers
-from services.drafter.hidden.target import UNSHAPED, LogitShape
 from services.drafter.hidden.target_parts import TargetParts
+from services.drafter.learning.head_loss import HeadRows, head_loss
 
 
 def bottom_outputs(parts: TargetParts, tokens: Tensor) -> Tensor:
@@ -85,52 +85,6 @@ def _later(x: Tensor, by: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HeadRows:
-    """Rows of the target's head: certain ones, and a random sample that stands for the rest."""
-
-    weight: Tensor
-    """(rows, hidden size)"""
-    correction: Tensor
-    """(rows,), added to logits: minus the log of the probability that the row is in the sample."""
-    shape: LogitShape = UNSHAPED
-
-    @classmethod
-    def draw(
-        cls,
-        head: Tensor,
-        certain: Tensor,
-        extra: int,
-        random: torch.Generator,
-        shape: LogitShape = UNSHAPED,
-        dtype: torch.dtype | None = None,
-    ) -> HeadRows:
-        """Take the rows of the token ids `certain`, and `extra` others from the rest of the vocabulary.
-
-        dtype: of the rows; None keeps the head's."""
-        chosen = torch.zeros(len(head), dtype=torch.bool)
-        chosen[certain] = True
-        rest = (~chosen).nonzero()[:, 0]
-        extra = min(extra, len(rest))
-        drawn = rest[torch.randperm(len(rest), generator=random)[:extra]]
-        ids = torch.cat([chosen.nonzero()[:, 0], drawn])
-        correction = torch.zeros(len(ids))
-        if extra:
-            correction[-extra:] = torch.log(torch.tensor(len(rest) / extra))
-        return cls(head[ids].to(dtype or head.dtype), correction.to(head.device), shape)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Return the corrected logits of the rows, (states, rows)."""
-        products = functional.linear(states.to(self.weight.dtype), self.weight).float()
-        return shaped(products, self.shape) + self.correction
-
-
-def shaped(products: Tensor, shape: LogitShape) -> Tensor:
-    """Return the logits of the head's products."""
-    logits = products * shape.multiplier if shape.multiplier != 1 else products
-    return torch.tanh(logits / shape.softcap) * shape.softcap if shape.softcap else logits
-
-
-@dataclass(frozen=True)
 class Losses:
     """The loss to minimise, and for each draft step the share of positions at which the likeliest tokens agree."""
 
@@ -148,24 +102,18 @@ def losses(
     *,
     step_decay: float,
     regression: float,
+    rejection: float,
 ) -> Losses:
-    """Return the cross-entropy with the target's softmax at temperature 1, plus `regression` times smooth L1 on states.
+    """Return the loss through the target's head (`head_loss`), plus `regression` times smooth L1 on states.
 
     learned: bool (texts, tokens), the positions that count. Step s has weight step_decay^(s-1).
     """
     exact = hidden[learned]
-    with torch.no_grad():
-        logits = rows.logits(exact)
-        wanted = torch.softmax(logits, -1)
-        best = wanted.argmax(-1)
-    total = torch.zeros((), device=hidden.device)
-    agreement, cross_entropies = [], []
-    for step, g in enumerate(estimates):
-        estimate = g[learned]
-        logits = rows.logits(estimate)
-        cross_entropy = -(wanted * torch.log_softmax(logits, -1)).sum(-1).mean()
+    chosen = torch.stack([g[learned] for g in estimates])
+    decay = [step_decay**step for step in range(len(estimates))]
+    through_head = head_loss(chosen, exact, rows, decay, rejection=rejection)
+    total = through_head.total
+    for weight, estimate in zip(decay, chosen, strict=True):
         distance = functional.smooth_l1_loss(estimate.float() / spread, exact.float() / spread)
-        total = total + step_decay**step * (cross_entropy + regression * distance)
-        agreement.append(float((logits.argmax(-1) == best).float().mean()))
-        cross_entropies.append(float(cross_entropy.detach()))
-    return Losses(total, agreement, cross_entropies)
+        total = total + weight * regression * distance
+    return Losses(total, through_head.agreement, through_head.cross_entropy)

@@ -11,7 +11,8 @@ from torch import Tensor
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target_parts import TargetParts
 from services.drafter.learning.batches import Minibatch
-from services.drafter.learning.loss import HeadRows, Losses, losses, unrolled
+from services.drafter.learning.head_loss import HeadRows
+from services.drafter.learning.loss import Losses, losses, unrolled
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class LossOptions:
     """Weight of the distance between estimated and true states."""
     clip: float
     """Largest norm of the gradient."""
+    rejection: float = 0.0
+    """Weight of the probability that a token is rejected."""
 
 
 def optimiser_of(model: HiddenDraft, *, fc_rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -88,6 +91,7 @@ def update(
             model.spread,
             step_decay=options.step_decay,
             regression=options.regression,
+            rejection=options.rejection,
         )
     optimiser.zero_grad(set_to_none=True)
     loss.total.backward()  # type: ignore[no-untyped-call]

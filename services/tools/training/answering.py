@@ -17,7 +17,7 @@ from torch.nn import functional
 from services.drafter.hidden.model import run_layers
 from services.drafter.hidden.target import described_target, layer_config, not_plain
 from services.drafter.hidden.target_parts import target_parts
-from services.drafter.learning.loss import shaped
+from services.drafter.learning.head_loss import shaped
 from services.drafter.learning.update import computes_bfloat16
 from shared.engine import Engine, Step
 from shared.engine.attention import BlockCache

@@ -73,6 +73,7 @@ class Training(Section):
     random_rows: int = Field(768, ge=0, description="rows drawn for each batch that stand for the other tokens")
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of each draft step / weight of the previous one")
     regression: float = Field(0.1, ge=0, description="weight of the distance between estimated and true states")
+    rejection: float = Field(1.0, ge=0, description="weight of the probability that the target rejects a token")
     weight_decay: float = Field(0.01, ge=0)
     fc_rate: float = Field(0.3, gt=0, description="learning rate of the input projection / the others'")
     warm_up: int = Field(30, ge=1, description="updates")

@@ -123,7 +123,9 @@ class _Trainer:
         self._texts = texts
         self._parts = parts
         self._settings = settings
-        self._options = LossOptions(settings.random_rows, settings.step_decay, settings.regression, settings.clip)
+        self._options = LossOptions(
+            settings.random_rows, settings.step_decay, settings.regression, settings.clip, settings.rejection
+        )
         self._checkpoint = checkpoint
         self._report = report
         self._frequent = frequent_tokens(texts(), model.config.vocab_size, settings.frequent_rows)
