@@ -143,6 +143,25 @@ def test_prompts_behind_one_that_waited_too_long_make_up_for_it() -> None:
     assert planned([late, behind]).predicted_ms > STEP_MS + 1
 
 
+def test_a_late_prompt_that_ends_soon_leaves_the_others_their_room() -> None:
+    """Room is reserved for what prompts need in this step, and not for the few tokens of the first one alone."""
+    rounds = [drafted(f"s{i}", 48.0) for i in range(40)]
+    short = prompt("short", 66, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)
+    long = prompt("long", 1900, left_ms=1500.0)
+    alone, beside = planned([*rounds, long]), prompt_tokens(planned([*rounds, short, long]))
+    assert list(beside) == ["prompt-short", "prompt-long"]
+    assert sum(beside.values()) >= sum(prompt_tokens(alone).values()) - 1
+
+
+def test_room_is_reserved_only_for_prompts_whose_kv_fits_the_cache() -> None:
+    late = prompt("late", 3000, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)
+    rounds = [late, prompt("timely", 1900, left_ms=1500.0)]
+    state = verifier(room=64, model=ACCELERATOR)
+    situation = Situation(state, LIMITS, NOW, promised_ms=TPOT_MS)
+    made = POLICIES["wisp+"](PolicyOptions()).plan(queue_of(rounds, state, LIMITS), situation)
+    assert list(prompt_tokens(made)) == ["prompt-late"]
+
+
 def test_late_rounds_do_not_keep_others_from_hidden_tokens() -> None:
     rounds = [pending("late", due=NOW - 100.0), *(pending(f"s{i}", due=NOW + 3000.0) for i in range(20))]
     assert len(planned(rounds).chosen) == 21

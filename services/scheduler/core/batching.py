@@ -117,7 +117,8 @@ class BatchBuilder:
         self.model = verifier.model
         self._caution = max(1.0, verifier.model.ratio_p90)
         self._shape = verifier.runs.shape.copy()
-        self._reserved: tuple[QueuedRound, tuple[int, int, int]] | None = None
+        self._reserved: dict[str, tuple[int, int, int]] = {}
+        """Jobs for which room is reserved, by session."""
         self._missed_prompts = 0
         self._used_tokens = verifier.runs.cache_tokens
         """Tokens of the cache that the sessions of the batch and of the runs fill."""
@@ -133,13 +134,13 @@ class BatchBuilder:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step: those of the batch, of the reservation and of the runs."""
+        """Tokens of the step: those of the batch, of the reservations and of the runs."""
         return self._shape.new_tokens
 
     @property
     def reserved_tokens(self) -> int:
-        """Tokens of the reservation."""
-        return 0 if self._reserved is None else self._reserved[1][0]
+        """Tokens of the reservations."""
+        return sum(new for new, _, _ in self._reserved.values())
 
     def slack_ms(self, due_ms: float) -> float:
         """Return the longest predicted time of a batch that, with caution, ends before `due_ms`."""
@@ -163,10 +164,7 @@ class BatchBuilder:
         limit_ms: a tighter time limit for this round. forced: add it whatever the limits are.
         """
         job = (queued.base + draft, queued.pending.verify.base_len + draft, draft + 1)
-        reserved = 0
-        if self._reserved is not None and self._reserved[0] is queued:
-            reserved = self._reserved[1][0]
-            self.release_reserved()
+        reserved = self._release(queued.session_id)
         grown_ms = self._grown_ms(job)
         limit_ms = self.limit_ms if limit_ms is None else min(limit_ms, self.limit_ms)
         if not forced and not (
@@ -216,9 +214,7 @@ class BatchBuilder:
 
         The next block is always added if `forced` or if room was reserved for it.
         """
-        reserved = self._reserved is not None and self._reserved[0] is queued
-        if reserved:
-            self.release_reserved()
+        reserved = self._release(queued.session_id) > 0
         first = queued.next_block
         if first is None:
             return False
@@ -245,10 +241,7 @@ class BatchBuilder:
 
         What room was reserved for is always added.
         """
-        least = 0
-        if self._reserved is not None and self._reserved[0] is queued:
-            least = self._reserved[1][0]
-            self.release_reserved()
+        least = self._release(queued.session_id)
         high = min(most, queued.base - 1)
         low = min(least, high)
         while low < high:
@@ -268,28 +261,43 @@ class BatchBuilder:
         self._add(job, self._grown_ms(job), ChosenRound(queued, reason, 0, prefill_to), prefill_to)
 
     def reserve_block(self, queued: QueuedRound) -> None:
-        """Reserve time and memory for the next block of this round's prompt, unless there is a reservation already."""
+        """Reserve time and memory for the next block of this round's prompt."""
         if (block := queued.next_block) is not None:
             self.reserve(queued, block - queued.held)
 
-    def reserve(self, queued: QueuedRound, tokens: int) -> None:
-        """Reserve time and memory for so many tokens of this round's prompt, unless there is a reservation already."""
-        if self._reserved is None:
-            to = queued.held + max(1, min(tokens, queued.base - 1))
-            job = (to - queued.held, to, 0)
-            self._reserved = queued, job
-            self._shape.add(*job)
-            self._used_tokens += whole_blocks(to)
-            self.predicted_ms = cost.predict_ms(self.model, self._shape)
+    def reserve(self, queued: QueuedRound, tokens: int) -> int:
+        """Reserve time and memory for so many tokens of this round's prompt; return for how many.
+
+        The prompt's last token is computed with the round as a whole, so it is not among them. The first reservation
+        has at least one token. Those after it have none if the batch's tokens or the cache's memory do not suffice.
+        """
+        to = queued.held + max(1, min(tokens, queued.base - 1))
+        job = (to - queued.held, to, 0)
+        if self._reserved and (
+            self._shape.new_tokens + job[0] > self._most_tokens
+            or self._used_tokens + whole_blocks(to) > self._cache_tokens
+        ):
+            return 0
+        self._reserved[queued.session_id] = job
+        self._shape.add(*job)
+        self._used_tokens += whole_blocks(to)
+        self.predicted_ms = cost.predict_ms(self.model, self._shape)
+        return job[0]
 
     def release_reserved(self) -> None:
-        """Release the reserved room."""
-        if self._reserved is not None:
-            _, (new, to, rows) = self._reserved
-            self._shape.remove(new, to, rows)
-            self._used_tokens -= whole_blocks(to)
-            self._reserved = None
-            self.predicted_ms = cost.predict_ms(self.model, self._shape)
+        """Release all reserved room."""
+        for session_id in tuple(self._reserved):
+            self._release(session_id)
+
+    def _release(self, session_id: str) -> int:
+        """Release the room reserved for a session's prompt; return the number of its tokens."""
+        if (job := self._reserved.pop(session_id, None)) is None:
+            return 0
+        new, to, _ = job
+        self._shape.remove(*job)
+        self._used_tokens -= whole_blocks(to)
+        self.predicted_ms = cost.predict_ms(self.model, self._shape)
+        return new
 
     def plan(self, pending: int, rest: Iterable[QueuedRound]) -> BatchPlan:
         """Return the batch as it is.

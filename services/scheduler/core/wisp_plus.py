@@ -15,7 +15,7 @@ from services.scheduler.core.policy import (
     slo_reason,
     urgent_rounds,
 )
-from services.scheduler.core.prompts import prompt_pace, urgent_prompts
+from services.scheduler.core.prompts import PromptPace, prompt_pace, urgent_prompts
 from services.scheduler.core.round_queue import Kind, QueuedRound, RoundQueue
 from shared import cost
 
@@ -82,8 +82,7 @@ class WispPlus(BatchPolicy):
         draft tokens.
         """
         pace = prompt_pace(batch, queue, now.limits, now.promised_ms)
-        if pace.tokens:
-            batch.reserve(pace.rounds[0], pace.tokens)
+        self._reserve(batch, pace)
         ahead_ms = now.start_ms + AHEAD_STEPS * batch.hidden_ms
 
         def ahead(chosen: ChosenRound) -> bool:
@@ -114,6 +113,17 @@ class WispPlus(BatchPolicy):
         batch.release_reserved()
         if most > 0:
             fill_up.take_spare()
+
+    def _reserve(self, batch: BatchBuilder, pace: PromptPace) -> None:
+        """Reserve room for the pace of prompts: for the first starved one its part, for the first other one the rest.
+
+        The starved one may need but a few tokens more, and the room would be lost to the others.
+        """
+        left, starved = pace.tokens, pace.starved_tokens(pace.tokens, batch.hidden_tokens)
+        if left and pace.starved and starved:
+            left -= batch.reserve(pace.rounds[0], starved)
+        if left > 0 and len(pace.rounds) > pace.starved:
+            batch.reserve(pace.rounds[pace.starved], left)
 
     def _certain(self, queued: QueuedRound) -> int:
         """Return the draft tokens that are added together with a round."""
