@@ -95,6 +95,7 @@ class Estimator:
         for verifier_id in [*self._fits][: max(0, len(self._fits) - REMEMBERED)]:
             if verifier_id not in self._changed:
                 del self._fits[verifier_id]
+        metrics.VERIFIERS.set(self.remembered)
 
     async def _stored(self, verifier_id: str) -> CostModel | None:
         """Return the stored model of a verifier; None if there is none or Redis is unavailable."""

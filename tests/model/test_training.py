@@ -139,14 +139,15 @@ def test_texts_of_the_batch_target_are_the_targets(run: TrainingRun) -> None:
     assert all(len(text.tokens) == 23 and len(text.hidden) == 23 for text in made.values())
 
 
-def test_tokens_are_drawn_as_often_as_the_softmax_says() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_drawn_as_often_as_the_softmax_says(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(2)
-    logits = torch.randn(1, 700, generator=random) * 2
+    logits = (torch.randn(1, 700, generator=random) * 2 + 200).to(dtype)
     texts = 8000
     asked = Assignment(0, "chat", [1], 0.7, 1)
     target = _Always(logits, texts)
     drawn = [int(text.tokens[-1]) for text in generate(target, [asked] * texts, frozenset(), 1)]
-    shares = torch.softmax(logits[0] / 0.7, -1)
+    shares = torch.softmax(logits[0].float() / 0.7, -1)
     seen = torch.bincount(torch.tensor(drawn), minlength=700) / texts
     spread = (shares * (1 - shares) / texts).sqrt()
     assert ((seen - shares).abs() < 6 * spread + 1 / texts).all()

@@ -104,7 +104,7 @@ def test_a_draft_depends_on_no_other_session_and_on_no_earlier_round(
             expected += drafts_of(alone, [request])
             alone.close(request.session_id)
         assert [draft.tokens for draft in found] == [draft.tokens for draft in expected]
-        assert any(found)
+        assert any(draft.tokens for draft in found)
 
 
 def test_requests_that_do_not_fit_together_are_drafted_in_turn(

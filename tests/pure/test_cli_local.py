@@ -484,6 +484,19 @@ def test_bad_settings_are_refused_before_anything_starts(
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("evaluate --final --record rounds.jsonl", "may not train a controller: leave out --final or --record"),
+        ("train --from . --out draft", "--from needs a folder of its own for the run"),
+    ],
+)
+def test_options_of_draft_that_spoil_a_run_are_refused(call: str, said: str) -> None:
+    result = CliRunner().invoke(app, ["draft", *call.split()], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert said in " ".join(result.stderr.split())
+
+
 def test_every_problem_of_all_services_is_named_once() -> None:
     commands = replace(LAUNCH, inherited={"WISP_POLICY": "foo", "WISP_LOG_LEVEL": "loud", "WISP_DTYPE": ""})
     with pytest.raises(SettingsError) as refused:

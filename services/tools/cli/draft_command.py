@@ -41,7 +41,7 @@ def train(
     run: RunFolder = None,
     start: Annotated[
         Path | None,
-        typer.Option("--from", help="Folder of a draft to train further. \\[default: start anew]", exists=True),
+        typer.Option("--from", help="Draft to train further; needs --run. \\[default: start anew]", exists=True),
     ] = None,
 ) -> None:
     """Train a draft: prompts, the target's answers, training, evaluation. A stopped run continues where it stopped.
@@ -49,6 +49,11 @@ def train(
     Needs hours on a few cores and gigabytes in the run's folder. `wisp up --hidden-draft FOLDER` then uses the draft.
     """
     with errors_shown():
+        if start is not None and run is None:
+            raise SettingsError(
+                "--from needs a folder of its own for the run, since the default one may hold another draft's "
+                "training: add --run FOLDER"
+            )
         require("model", "training")
         from services.tools.cli.draft_stages import train_draft
 

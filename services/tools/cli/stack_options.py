@@ -226,7 +226,7 @@ def stack_for(
         port=port,
         progress=progress,
     )
-    stack.refuse_bad_settings()
+    stack.refuse_bad_settings(target_known=False)  # so that nobody waits for a target in vain
     wanted = target or LocalSettings().target
     if target_profile:
         stack.target = prepare_twin(target_profile, wanted, progress, trace=trace)

@@ -57,7 +57,7 @@ def choose_suite(
         if amqp_url is None:
             absent = f"no suite {namespace} runs on this machine" if namespace else "no suite runs on this machine"
             if baselines and not running:
-                absent += f" ({', '.join(baselines)} is {NO_FLEET})"
+                absent += f" ({baselines[0]} is {NO_FLEET})"
             if running:
                 absent += f", but {', '.join(suite.namespace for suite in running)}"
         return SuiteAddress(amqp_url or defaults["amqp_url"], namespace or defaults["namespace"], absent=absent)

@@ -35,15 +35,18 @@ def settings_class(service: str) -> type[WispSettings]:
     return kind
 
 
-def refuse_bad_settings(commands: ServiceCommands, env_of: Mapping[str, Mapping[str, str]]) -> None:
+def refuse_bad_settings(
+    commands: ServiceCommands, env_of: Mapping[str, Mapping[str, str]], *, target_known: bool = True
+) -> None:
     """Raise a SettingsError with every problem that the services would have with their settings.
 
     env_of: the services to check, each with variables of its own, as for `ServiceCommands.environment`.
+    target_known: the target of `commands` is the one to serve, so that a draft model is compared with it.
     """
     problems: dict[str, None] = dict.fromkeys(_misspelt(commands.inherited))
     for service, own in env_of.items():
         environment = commands.environment(service, f"{service}-1", own)
-        problems |= dict.fromkeys(_problems(settings_class(service), environment))
+        problems |= dict.fromkeys(_problems(settings_class(service), environment, target_known))
     if problems:
         raise SettingsError("\n".join(problems))
 
@@ -54,7 +57,7 @@ def _misspelt(environment: Mapping[str, str]) -> Iterator[str]:
         yield f"{name}: no setting has this name; did you mean {near}?"
 
 
-def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Iterator[str]:
+def _problems(kind: type[WispSettings], environment: Mapping[str, str], target_known: bool) -> Iterator[str]:
     try:
         settings = from_environment(kind, environment)
     except ValidationError as error:
@@ -70,7 +73,8 @@ def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Itera
             and not (checkout() / value).exists()
         ):
             yield f"{variable(name)}: there is no {value}"
-    yield from _unfit_draft(settings)
+    if target_known:
+        yield from _unfit_draft(settings)
     if profile := getattr(settings, "device_profile", ""):
         from services.drafter.link import load_profile
 

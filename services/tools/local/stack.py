@@ -122,8 +122,11 @@ class Stack:
             self._resources = resources.pop_all()
         return self
 
-    def refuse_bad_settings(self) -> None:
-        """Raise SettingsError if a service would refuse its settings. The start does so before anything else."""
+    def refuse_bad_settings(self, *, target_known: bool = True) -> None:
+        """Raise SettingsError if a service would refuse its settings. The start does so before anything else.
+
+        target_known: `target` is set already, so that a draft model is compared with it.
+        """
         addresses = self._given_brokers.addresses if self._given_brokers else BrokerAddresses()
         commands = ServiceCommands(
             namespace=self._namespace or LocalSettings().namespace or "new",
@@ -137,7 +140,9 @@ class Stack:
             env=self.env,
         )
         refuse_bad_settings(
-            commands, {service: self.env_of.get(service, {}) for service, count in self.counts.items() if count}
+            commands,
+            {service: self.env_of.get(service, {}) for service, count in self.counts.items() if count},
+            target_known=target_known,
         )
 
     def _make_commands(self) -> ServiceCommands:

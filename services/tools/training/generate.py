@@ -127,14 +127,14 @@ def _choose(logits: torch.Tensor, texts: Sequence[_UnfinishedText]) -> list[int]
 def _draw(logits: torch.Tensor, texts: Sequence[_UnfinishedText], random: torch.Generator) -> list[int]:
     """Draw a token per row of `logits` by inversion of the cumulated softmax; at temperature 0, the likeliest.
 
-    Changes `logits`. Sums are cumulated over groups of tokens first, and then within the drawn group.
+    Changes `logits` of float32. Sums are cumulated over groups of tokens first, and then within the drawn group.
     """
     if not texts:
         return []
     temperatures = torch.tensor([text.assignment.temperature for text in texts], device=logits.device)
     greedy = temperatures == 0
     likeliest = logits[greedy].argmax(-1)
-    shares = torch.softmax(logits.div_(temperatures.masked_fill(greedy, 1)[:, None]), -1)
+    shares = torch.softmax(logits.float().div_(temperatures.masked_fill(greedy, 1)[:, None]), -1)
     padded = functional.pad(shares, (0, -shares.shape[1] % DRAWN_GROUP))
     groups = padded.view(len(texts), -1, DRAWN_GROUP)
     group, left = _inverted(groups.sum(-1), torch.rand(len(texts), generator=random).to(logits.device))

@@ -12,7 +12,7 @@ from shared.models.text import Tokenizer
 
 def kinds_of_text() -> list[str]:
     """Return the kinds of text with held-out prompts."""
-    return sorted({template.kind for template in corpus().templates.values() if template.held_out})
+    return sorted({template.kind for template in corpus().templates.values() if template.held_out is True})
 
 
 def cases(

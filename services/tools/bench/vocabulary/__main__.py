@@ -162,7 +162,7 @@ def main(
         generated = answers(wanted, passages, texts)
         rows = [row for name, each in drafts.items() for row in measured(name, each, wanted, generated)]
         console.print(table(f"Rounds of fixed({LENGTH})", list(rows[0]), [list(row.values()) for row in rows]))
-        facts = {**machine(), "texts": len(generated), "steps": steps}
+        facts = {**machine(), "texts": len(generated)} | ({"steps": steps} if target is None else {})
         conclude(console, "vocabulary", {"facts": facts, "rows": rows})
 
 
