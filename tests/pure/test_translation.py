@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from services.drafter.core.own_tokens import OwnTokens
 from services.drafter.core.translation import (
@@ -26,6 +28,7 @@ from services.drafter.core.translation import (
 )
 from services.drafter.sources import pairing
 from services.tools.bench.support import pair
+from services.tools.cli.models_command import app
 from services.tools.cli.stack_options import stack_for
 from services.tools.local.service_commands import ServiceCommands
 from services.tools.local.service_settings import refuse_bad_settings
@@ -312,3 +315,14 @@ def test_a_draft_model_is_compared_with_the_target_that_is_asked_for(
     stack_for("up", str(target), None, "model", draft, None, None).refuse_bad_settings()
     with pytest.raises(SettingsError, match="splits text too differently"):
         stack_for("up", str(default), None, "model", draft, None, None).refuse_bad_settings()
+
+
+def test_models_check_names_what_a_draft_model_covers(tmp_path: Path) -> None:
+    text = [pairing.SAMPLE.read_text(encoding="utf-8")]
+    target = str(model_folder(tmp_path / "target", text, 1000))
+    similar, bytes_only = model_folder(tmp_path / "similar", text, 900), model_folder(tmp_path / "bytes", [], 0)
+    shown = CliRunner().invoke(app, ["check", target, "--draft-model", str(similar)])
+    assert re.search(r"similar has another vocabulary\. Its drafts can contain \d+% of the tokens", shown.output)
+    refused = CliRunner().invoke(app, ["check", target, "--draft-model", str(bytes_only)])
+    assert refused.exit_code == 1
+    assert "too differently" in refused.output

@@ -12,7 +12,11 @@ import pytest
 from asking import Case, Client, Traffic, progressed
 from random_draft import random_draft
 
+from services.drafter.sources.pairing import SAMPLE
+from services.tools.bench.support import pair
 from services.tools.local.stack import Stack
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
 
 
 def wrong(
@@ -96,6 +100,22 @@ async def test_with_the_target_as_its_own_draft(
     drafted = sum(result.trimmed_to for result in traffic.results)
     accepted = sum(result.accepted for result in traffic.results)
     assert accepted > 0.98 * drafted > 100, "the same model with the same noise drafts what it would choose"
+
+
+async def test_with_a_draft_model_of_another_vocabulary(
+    stack: Stack, client: Client, cases: list[Case], traffic: Traffic, target_folder: Path, tmp_path: Path
+) -> None:
+    words, few = Tokenizer(ModelFolder(target_folder)), cases[:6]
+    texts = [words.decode([*case.prompt, *case.tokens]) for case in few]
+    pair.byte_level(tmp_path, [*texts, SAMPLE.read_text(encoding="utf-8")], 1200)
+    await asyncio.to_thread(pair.trained, tmp_path, texts, steps=120, batch=4)
+    async with drafters(stack, tmp_path):
+        traffic.clear()
+        assert wrong(few, await client.ask_all(few, "model")) == []
+    drafted = sum(result.trimmed_to for result in traffic.results)
+    accepted = sum(result.accepted for result in traffic.results)
+    assert sum(bool(round_.draft) for round_ in traffic.rounds) > 0.8 * len(traffic.rounds), "lookup finds fewer"
+    assert accepted > 0.1 * drafted > 10, "the draft model has learned these answers"
 
 
 async def test_while_verifiers_come_and_go(stack: Stack, client: Client, cases: list[Case], traffic: Traffic) -> None:

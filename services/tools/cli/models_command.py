@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.table import Table
 from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown, out
 from shared.models.folder import AUTO, DTYPES
+
+if TYPE_CHECKING:
+    from shared.models.folder import ModelFolder
 
 app = Program(help="Prepare, check and list the models on this machine.", no_args_is_help=True)
 
@@ -40,6 +43,9 @@ def check(
         str | None, typer.Argument(help="Packaged model's name, a model's folder, or a GGUF file.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join([AUTO, *DTYPES])}.")] = AUTO,
+    draft_model: Annotated[
+        Path | None, typer.Option("--draft-model", help="Folder of a draft model: does its vocabulary fit the model's?")
+    ] = None,
 ) -> None:
     """Load a model, compute a few tokens, and report whether it runs, and whether its logits are exact."""
     with errors_shown():
@@ -53,6 +59,8 @@ def check(
         path = Path(named)
         folder = ModelFolder(path if path.is_dir() else prepare_target(named, ConsoleProgress(out)))
         folder.require_weights()
+        if draft_model is not None:
+            _check_draft(draft_model, folder)
         validate(folder)
         refuse_bad_sampling(folder.path)
         dtype = folder.resolved(dtype)
@@ -73,6 +81,22 @@ def check(
             soft_wrap=True,
             highlight=False,
         )
+
+
+def _check_draft(draft_model: Path, target: ModelFolder) -> None:
+    """Print how a draft model's vocabulary fits. Raises ModelError if it does not."""
+    from services.drafter.sources.pairing import covered
+    from shared.models.folder import ModelFolder
+
+    draft = ModelFolder(draft_model)
+    share = covered(draft, target)
+    out.print(
+        f"The draft model {draft.name} has the model's vocabulary."
+        if share is None
+        else f"The draft model {draft.name} has another vocabulary. Its drafts can contain {share:.0%} of the tokens.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @app.command("describe")

@@ -16,7 +16,7 @@ from tokenizers.trainers import BpeTrainer
 
 BYTE_LEVEL_CONTROLS = ("<|end|>", "<|turn|>")
 SENTENCE_PIECE_CONTROLS = ("<unk>", "<s>", "</s>")
-CONTEXT = 512
+CONTEXT = 2048
 _LENGTH = 96
 
 
