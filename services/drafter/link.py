@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -67,8 +67,8 @@ class Link(Protocol):
     def draft_ms(self, draft: Draft, measured_ms: float) -> float:
         """Return the time that the draft takes on the session's hardware."""
 
-    def has_made(self, ahead: Draft, elapsed_ms: float) -> bool:
-        """Return whether the session's hardware could make this draft ahead within `elapsed_ms`."""
+    def made_ahead(self, drafts: Sequence[Draft], elapsed_ms: float) -> int:
+        """Return how many of these drafts, in order, the session's hardware could prepare within `elapsed_ms`."""
 
     async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
         """Wait until the session's hardware has made a draft that was made here in `measured_ms`.
@@ -107,8 +107,8 @@ class DirectLink:
     def draft_ms(self, draft: Draft, measured_ms: float) -> float:
         return measured_ms
 
-    def has_made(self, ahead: Draft, elapsed_ms: float) -> bool:
-        return True
+    def made_ahead(self, drafts: Sequence[Draft], elapsed_ms: float) -> int:
+        return len(drafts)
 
     async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
         return True
@@ -145,8 +145,8 @@ class EmulatedLink:
     def draft_ms(self, draft: Draft, measured_ms: float) -> float:
         return self._profile.draft_ms(draft)
 
-    def has_made(self, ahead: Draft, elapsed_ms: float) -> bool:
-        return elapsed_ms >= self._profile.ahead_ms(ahead)
+    def made_ahead(self, drafts: Sequence[Draft], elapsed_ms: float) -> int:
+        return self._profile.made_ahead(drafts, elapsed_ms)
 
     async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
         metrics.DEVICE_LATE.inc(max(0.0, measured_ms - draft_ms) / 1000)

@@ -41,7 +41,7 @@ LEARNED_VERSION = Gauge("wisp_draft_learned_version", "Changes of the draft's we
 LEARNED_ACCEPTANCE = Gauge(
     "wisp_draft_learned_acceptance", "Acceptance of first draft tokens on held-back texts, by weights", ["weights"]
 )
-AHEAD = Counter("wisp_drafts_ahead", "Drafts made while a round was in flight", ["outcome"])
+AHEAD = Counter("wisp_drafts_ahead", "Rounds for whose outcomes drafts were prepared in time", ["outcome"])
 
 
 def count(round_: DraftRound, verified: int, accepted: int, draft: Draft, draft_ms: float) -> None:

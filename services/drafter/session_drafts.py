@@ -1,4 +1,4 @@
-"""The drafts of one session: for its next round, made ahead for the one after it, and probes of sources."""
+"""The drafts of one session: for its next round, prepared ones for the round after it, and probes of sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from services.drafter import metrics
 from services.drafter.control import DraftRound, SessionControl
 from services.drafter.control.times import SPARE_COMPUTED
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, Prediction, States
+from services.drafter.core.draft import AheadRequest, Draft, DraftRequest, Prediction, PreparedDraft, States
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import DraftSession
 from services.drafter.link import Link
@@ -38,22 +38,24 @@ class MadeDraft:
 
 
 @dataclass(frozen=True)
-class _AssumedDraft:
-    """A draft made ahead: for the next round, if the session's tokens are then `tokens`."""
+class _PreparedDrafts:
+    """Drafts for the next round, by the tokens that the round before it brings after `tokens`."""
 
     tokens: list[int]
-    draft: Draft
-    round: DraftRound
+    drafts: list[PreparedDraft]
+
+    def fitting(self, tokens: list[int]) -> PreparedDraft | None:
+        """Return the draft that follows a session's tokens."""
+        return next((one for one in self.drafts if [*self.tokens, *one.tokens] == tokens), None)
 
 
 @dataclass(frozen=True)
-class _PendingAhead:
-    """A draft being made ahead, while the round before it is in flight."""
+class _Preparation:
+    """Drafts in preparation, while the round before them is in flight."""
 
     tokens: list[int]
-    """The session's tokens if all of that round's draft is accepted, without the bonus token."""
-    round: DraftRound
-    answer: asyncio.Future[tuple[DraftAhead | None, float]]
+    """The session's tokens when that round was sent."""
+    answer: asyncio.Future[tuple[list[PreparedDraft], float]]
     started_s: float
 
 
@@ -91,8 +93,10 @@ class SessionDrafts:
         self._link = link
         self.grammar: DraftGrammar | None = None
         """The grammar of the session's text; None if the text is free."""
-        self._ahead: _AssumedDraft | None = None
-        self._pending: _PendingAhead | None = None
+        self._prepared: _PreparedDrafts | None = None
+        self._preparation: _Preparation | None = None
+        self._most = options.prepared_outcomes
+        """Outcomes to prepare: fewer where rounds end before so many are."""
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
 
@@ -107,15 +111,15 @@ class SessionDrafts:
             probe.answer.cancel()
 
     async def draft(self, state: DraftSession) -> MadeDraft:
-        """Return the round's draft: the one made ahead if its assumption holds, else a new one."""
+        """Return the round's draft: one that was prepared for these tokens, else a new one."""
         started = time.monotonic()
         control = self._control
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            kept = bool(ahead.draft.tokens) and ahead.tokens == state.tokens
-            metrics.AHEAD.labels("kept" if kept else "dropped").inc()
-            if kept:
-                return MadeDraft(self._request(state, ahead.round, self._sources), ahead.draft, 0.0)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            fitting = prepared.fitting(state.tokens)
+            metrics.AHEAD.labels("dropped" if fitting is None else "kept").inc()
+            if fitting is not None:
+                return MadeDraft(self._request(state, fitting.round, self._sources), fitting.draft, 0.0)
         self.settle_probes()
         if self.grammar is not None and self.grammar.mask(state.tokens).only is not None:
             # The verifier adds the tokens that the grammar forces: they need no draft.
@@ -157,10 +161,7 @@ class SessionDrafts:
 
     def _request(self, state: DraftSession, round_: DraftRound, sources: tuple[str, ...]) -> DraftRequest:
         """Return the request to the source, with the hidden states that it has not read yet if it wants them."""
-        states = None
-        if self._hidden_rows is not None and round_.wants(HIDDEN):
-            start, rows = self._hidden_rows.run(len(state.tokens))
-            states = States(start, rows.copy()) if len(rows) else None
+        states = self._states(state) if round_.wants(HIDDEN) else None
         generate = state.generate
         prompt_len = len(generate.prompt)
         prediction = Prediction(prompt_len, generate.prediction) if generate.prediction else None
@@ -175,6 +176,13 @@ class SessionDrafts:
             prediction,
             self.grammar,
         )
+
+    def _states(self, state: DraftSession) -> States | None:
+        """Return the hidden states that the source has not read yet; None if there are none."""
+        if self._hidden_rows is None:
+            return None
+        start, rows = self._hidden_rows.run(len(state.tokens))
+        return States(start, rows.copy()) if len(rows) else None
 
     def start_probes(self, state: DraftSession, made: MadeDraft) -> None:
         """Start the probes of a round that has been sent."""
@@ -218,31 +226,41 @@ class SessionDrafts:
         return self._hidden_rows.wanted(len(state.tokens))
 
     def start_ahead(self, state: DraftSession, made: MadeDraft) -> None:
-        """Start drafting for the round after this one, assuming that all of this draft is accepted."""
-        control, draft = self._control, made.draft
-        if not self._options.optimistic or self._probes or control.decodes_plainly:
+        """Start to prepare drafts for the likely outcomes of a round that has been sent.
+
+        Sessions with a grammar get none: most of their outcomes are decided by it.
+        """
+        control, draft, longest = self._control, made.draft, self._options.draft_length
+        if not self._most or self._probes or self.grammar is not None or control.decodes_plainly:
             return
-        room = state.draft_room(self._options.draft_length, assumed=len(draft.tokens) + 1)
-        round_ = control.ahead(room, state.generate.sampling.temperature)
-        if round_.longest == 0:
+        temperature = state.generate.sampling.temperature
+        rooms = [state.draft_room(longest, assumed=count + 1) for count in range(len(draft.tokens) + 1)]
+        if control.ahead(rooms[0], temperature).longest == 0:
             return
         # A copy of the tokens: the result may extend them while the source still drafts in its thread.
-        request = replace(made.request, tokens=list(made.request.tokens), round=round_, states=None)
-        answer = self._worker.ahead(request, draft)
-        if answer is not None:
-            self._pending = _PendingAhead([*state.tokens, *draft.tokens], round_, answer, time.monotonic())
+        request = replace(made.request, tokens=list(state.tokens), states=self._states(state))
+
+        def begin(count: int) -> DraftRound:
+            return control.ahead(rooms[count - 1], temperature, in_flight=True)
+
+        asked = AheadRequest(request, draft, begin, self._most)
+        if (answer := self._worker.ahead(asked)) is not None:
+            self._preparation = _Preparation(list(state.tokens), answer, time.monotonic())
 
     def keep_ahead(self) -> None:
-        """Keep the draft made ahead for the next round if it is ready; it is not worth waiting for."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        """Keep the drafts prepared for the next round if they are ready; they are not worth waiting for."""
+        preparation, self._preparation = self._preparation, None
+        if preparation is None:
             return
-        if not pending.answer.done():
-            pending.answer.cancel()
+        if not preparation.answer.done():
+            preparation.answer.cancel()
+            self._most = max(1, self._most // 2)
             return
-        made, _ = pending.answer.result()
-        if made is not None and self._link.has_made(made.draft, _ms_since(pending.started_s)):
-            self._ahead = _AssumedDraft([*pending.tokens, made.bonus], made.draft, pending.round)
+        drafts, _ = preparation.answer.result()
+        made = self._link.made_ahead([one.draft for one in drafts], _ms_since(preparation.started_s))
+        self._most = min(self._options.prepared_outcomes, self._most + 1)
+        if drafts := drafts[:made]:
+            self._prepared = _PreparedDrafts(preparation.tokens, drafts)
 
 
 def _ms_since(started_s: float) -> float:

@@ -26,8 +26,8 @@ class ServingOptions:
     draft_length: int
     """Longest draft per round."""
     hidden_format: HiddenFormat = HiddenFormat.BFLOAT16
-    optimistic: bool = False
-    """Draft on while a round is being verified."""
+    prepared_outcomes: int = 0
+    """Most outcomes of a round in flight for which the next draft is prepared."""
 
 
 class DraftSettings(TargetSettings):
@@ -86,8 +86,12 @@ class DraftServingSettings(ProcessSettings, BrokerSettings, DraftSettings):
     hidden_format: Literal["bfloat16", "int8"] = Field(
         "bfloat16", description="format of hidden states in messages; int8 halves their size"
     )
-    optimistic: bool = Field(
-        False, description="draft on while a round is being verified; pays only where a draft step is slow"
+    prepared_outcomes: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="most outcomes of a round in flight for which the next draft is prepared (0: none); pays where a "
+        "drafter with a core of its own drafts slowly for one session",
     )
     max_sessions: int = Field(
         64, ge=1, le=10000, description="sessions served at once; others go without drafts, or wait"
@@ -107,7 +111,7 @@ class DraftServingSettings(ProcessSettings, BrokerSettings, DraftSettings):
             self.min_timeout_ms,
             self.draft_length,
             HiddenFormat(self.hidden_format),
-            self.optimistic,
+            self.prepared_outcomes,
         )
 
 

@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Generic, TypeVar
 
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, DraftSource
+from services.drafter.core.draft import AheadRequest, Draft, DraftRequest, DraftSource, PreparedDraft
 from shared.runtime import logging
 
 Q = TypeVar("Q")
@@ -24,13 +25,11 @@ class _PendingCalls(Generic[Q, A]):
         self.fallback = fallback
         self.pending: list[tuple[Q, asyncio.Future[tuple[A, float]]]] = []
 
-    def put(self, request: Q) -> asyncio.Future[tuple[A, float]]:
+    def put(self, request: Q, answer: asyncio.Future[tuple[A, float]]) -> None:
         """Add a request; the future gets the answer, and the duration of the call in milliseconds."""
-        answer: asyncio.Future[tuple[A, float]] = asyncio.get_running_loop().create_future()
         # Drop cancelled requests here: drafts ahead may stay pending for long while drafts keep coming.
         self.pending = [pending for pending in self.pending if not pending[1].done()]
         self.pending.append((request, answer))
-        return answer
 
     async def serve(self, thread: ThreadPoolExecutor) -> None:
         """Answer all pending requests in one call."""
@@ -60,7 +59,7 @@ class SourceWorker:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft") if source.blocking else None
         self._drafts: _PendingCalls[DraftRequest, Draft] = _PendingCalls(source.propose, Draft())
-        self._aheads: _PendingCalls[tuple[DraftRequest, Draft], DraftAhead | None] = _PendingCalls(source.ahead, None)
+        self._aheads: _PendingCalls[AheadRequest, list[PreparedDraft]] = _PendingCalls(source.ahead, [])
 
     async def draft(self, request: DraftRequest) -> tuple[Draft, float]:
         """Return the session's draft, and the milliseconds of the call that made it (0 if it needs no model)."""
@@ -70,18 +69,24 @@ class SourceWorker:
             except Exception:
                 logging.get().exception("draft source failed")
                 return Draft(), 0.0
-        answer = self._drafts.put(request)
+        answer: asyncio.Future[tuple[Draft, float]] = asyncio.get_running_loop().create_future()
+        self._drafts.put(request, answer)
         self._arrived.set()
         return await answer
 
-    def ahead(self, request: DraftRequest, draft: Draft) -> asyncio.Future[tuple[DraftAhead | None, float]] | None:
-        """Start a draft for the round after the one in flight; pending drafts go first.
+    def ahead(self, request: AheadRequest) -> asyncio.Future[tuple[list[PreparedDraft], float]] | None:
+        """Start to prepare drafts for the round after one in flight. Pending drafts go first, and stop it.
 
-        Cancel the future when the draft is no longer wanted. None if the source cannot draft ahead.
+        Cancel the future when the drafts are no longer wanted. None if the source cannot draft ahead.
         """
         if self._thread is None:
             return None
-        answer = self._aheads.put((request, draft))
+        answer: asyncio.Future[tuple[list[PreparedDraft], float]] = asyncio.get_running_loop().create_future()
+
+        def wanted() -> bool:
+            return not answer.done() and not self._drafts.pending
+
+        self._aheads.put(replace(request, wanted=wanted), answer)
         self._arrived.set()
         return answer
 

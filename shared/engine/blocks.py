@@ -4,8 +4,8 @@ A block holds `BLOCK` consecutive tokens of one session. Three rules make sharin
 
 - A full block of committed tokens is *indexed* under a hash chained over all tokens up to its end. Sessions that begin
   with the same tokens refer to the same blocks, counted once.
-- An indexed block is never written. A session rolled back into one gets a copy (or takes it out of the index if it is
-  the only user) before its next token is written; so rollback itself only moves a length.
+- A block that is indexed or has several users is never written. A session rolled back into one gets a copy (or takes
+  it out of the index if it is the only user) before its next token is written; so rollback itself only moves a length.
 - A block that no session uses any more stays in the index, *reclaimable*, until its room is needed: least recently used
   first, and within a session the end before the beginning, since a beginning is of use to more sessions.
 """
@@ -125,7 +125,7 @@ class BlockPool:
                     f"{self.capacity * BLOCK}; shorten the prompt or raise the cache budget"
                 )
             new += total - len(known.blocks)
-            if have % BLOCK and known.blocks[-1] in self._hash_of and self._users[known.blocks[-1]] > 1:
+            if have % BLOCK and self._users[known.blocks[-1]] > 1:
                 copies.append((name, known.blocks[-1]))
                 new += 1
             mine.update(known.blocks)
@@ -153,6 +153,14 @@ class BlockPool:
             for block in reversed(known.blocks[len(blocks) :]):
                 self._drop(block)
             del known.blocks[len(blocks) :]
+
+    def branch(self, session_id: str, branch: str, length: int) -> None:
+        """Begin a new session with the first `length` tokens of one. They share blocks until one writes."""
+        known = self._require(session_id)
+        blocks = known.blocks[: blocks_for(length)]
+        for block in blocks:
+            self._use(block)
+        self._sessions[branch] = CachedSession(known.tokens[:length], blocks)
 
     def indexed(self, name: bytes) -> int | None:
         """Return the block with this identity, or None."""

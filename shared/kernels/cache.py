@@ -67,6 +67,11 @@ class BlockMemory:
         self._tables = np.zeros((0, 0), np.int32)
         self._spans = np.zeros((0, len(SpanWord)), np.int64)
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block's keys and values in all layers."""
+        for rows in (self.keys, self.values):
+            rows[:, target] = rows[:, source]
+
     @property
     def spans(self) -> int:
         """Number of spans of the current batch."""

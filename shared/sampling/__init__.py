@@ -1,3 +1,3 @@
 """Shared-noise sampling: each choice of a token is a function of seed, position and logits."""
 
-__all__ = ["logprobs", "noise", "rules", "sampler"]
+__all__ = ["likely", "logprobs", "noise", "rules", "sampler"]

@@ -44,7 +44,7 @@ async def peer(folder: HiddenDraftFolder, amqp_url: str, redis_url: str, namespa
         draft_source="hidden",
         stop_rule="fixed",
         draft_length=3,
-        optimistic=False,
+        prepared_outcomes=0,
         min_timeout_ms=5000,
     )
     async with Peer.connected(settings) as connected:
@@ -362,19 +362,22 @@ def made_for_rounds(outcome: str) -> float:
     return counted("wisp_drafts_ahead_total", outcome=outcome)
 
 
-@pytest.mark.parametrize("bonus", ["as assumed", "another"])
-async def test_a_draft_made_ahead_is_sent_if_its_assumption_holds(
+OUTCOMES = 16
+
+
+@pytest.mark.parametrize("bonus", ["likely", "unlikely"])
+async def test_a_prepared_draft_is_sent_after_the_outcome_it_is_for(
     peer: Peer, drafted: Callable[..., list[int]], made_ahead: threading.Event, bonus: str
 ) -> None:
     before = {outcome: made_for_rounds(outcome) for outcome in ("kept", "dropped")}
-    async with drafting(peer.settings.model_copy(update={"optimistic": True}), "d1"):
+    async with drafting(peer.settings.model_copy(update={"prepared_outcomes": OUTCOMES}), "d1"):
         await peer.ask("s")
         await peer.answer(await peer.round(), [7], states=True)
         second = await peer.round()
         longer = drafted([*PROMPT, 7], 7)
         assert second.draft == longer[:3]
         assert await asyncio.to_thread(made_ahead.wait, 10)
-        if bonus == "as assumed":
+        if bonus == "likely":
             # Without states the model cannot draft anew.
             await peer.answer(second, longer[:4])
             third = await peer.round()
@@ -388,13 +391,13 @@ async def test_a_draft_made_ahead_is_sent_if_its_assumption_holds(
             third = await peer.round()
             assert (third.base_len, third.draft) == (10, drafted([*PROMPT, 7, *committed]))
     made = {outcome: made_for_rounds(outcome) - count for outcome, count in before.items()}
-    assert made == ({"kept": 1, "dropped": 0} if bonus == "as assumed" else {"kept": 0, "dropped": 1})
+    assert made == ({"kept": 1, "dropped": 0} if bonus == "likely" else {"kept": 0, "dropped": 1})
 
 
 async def test_no_draft_ahead_exceeds_the_token_limit(
     peer: Peer, drafted: Callable[..., list[int]], made_ahead: threading.Event
 ) -> None:
-    async with drafting(peer.settings.model_copy(update={"optimistic": True}), "d1"):
+    async with drafting(peer.settings.model_copy(update={"prepared_outcomes": OUTCOMES}), "d1"):
         await peer.ask("s", max_tokens=7)
         await peer.answer(await peer.round(), [7], states=True)
         second = await peer.round()

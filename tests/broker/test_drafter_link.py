@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from services.drafter.core.draft import WithoutStates
 from services.drafter.drafting import Drafting
 from services.drafter.serving import ServedSession
 from services.drafter.settings import DrafterSettings
-from services.drafter.sources import Draft, DraftAhead, DraftRequest
+from services.drafter.sources import AheadRequest, Draft, DraftRequest, PreparedDraft
 from shared.broker import topology
 from shared.messages import Cancel, Finish, HiddenStates, Result, Status, Verify
 
@@ -30,6 +31,10 @@ class ScriptedSource(WithoutStates):
 
     def __init__(self) -> None:
         self.made_ahead = threading.Event()
+        self.slow_calls = 0
+        """Calls of `ahead` that end only when they are no longer wanted."""
+        self.most: list[int] = []
+        """Most outcomes of each call of `ahead`."""
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         for request in requests:
@@ -37,11 +42,21 @@ class ScriptedSource(WithoutStates):
                 request.round.add(DraftToken("model", 0.9))
         return [Draft([20, 21, 22], {"model": 3}, computed=5) for _ in requests]
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
-        for request, _ in requests:
-            request.round.add(DraftToken("model", 0.9))
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
+        prepared: list[list[PreparedDraft]] = []
+        self.most += [one.most for one in requests]
+        if self.slow_calls:
+            self.slow_calls -= 1
+            self.made_ahead.set()
+            while requests[0].wanted():
+                time.sleep(0.001)
+            return [[] for _ in requests]
+        for one in requests:
+            round_ = one.begin(len(one.draft.tokens) + 1)
+            round_.add(DraftToken("model", 0.9))
+            prepared.append([PreparedDraft([*one.draft.tokens, 9], Draft([30], {"model": 1}), round_)])
         self.made_ahead.set()
-        return [DraftAhead(9, Draft([30], {"model": 1})) for _ in requests]
+        return prepared
 
     def close(self, session_id: str) -> None:
         pass
@@ -84,8 +99,8 @@ async def base(amqp_url: str, redis_url: str, namespace: str, monkeypatch: pytes
         yield Setup(peer, controller, source)
 
 
-def emulating(peer: Peer, profile_file: str, *, optimistic: bool = False) -> DrafterSettings:
-    return peer.settings.model_copy(update={"device_profile": profile_file, "optimistic": optimistic})
+def emulating(peer: Peer, profile_file: str, *, outcomes: int = 0) -> DrafterSettings:
+    return peer.settings.model_copy(update={"device_profile": profile_file, "prepared_outcomes": outcomes})
 
 
 async def test_rounds_take_the_emulated_time_and_the_controller_learns_it(base: Setup, tmp_path: Path) -> None:
@@ -178,7 +193,7 @@ async def test_a_draft_made_ahead_is_used_only_if_the_hardware_had_the_time(
     base: Setup, tmp_path: Path, step_ms: float, kept: bool
 ) -> None:
     peer = base.peer
-    async with drafting(emulating(peer, profile(tmp_path, step_ms, 5, 5), optimistic=True), "d1"):
+    async with drafting(emulating(peer, profile(tmp_path, step_ms, 5, 5), outcomes=1), "d1"):
         await peer.ask("s")
         first = await peer.round()
         assert await asyncio.to_thread(base.source.made_ahead.wait, HANG_S)
@@ -190,6 +205,22 @@ async def test_a_draft_made_ahead_is_used_only_if_the_hardware_had_the_time(
         assert second.draft_ms == (0 if kept else 3 * step_ms + 4)
         await peer.answer(second, [5], Finish.STOP)
         assert await peer.silent(0.3)
+
+
+async def test_fewer_outcomes_are_prepared_where_rounds_end_too_soon(base: Setup) -> None:
+    peer, source = base.peer, base.source
+    source.slow_calls = 1
+    async with drafting(peer.settings.model_copy(update={"prepared_outcomes": 8}), "d1"):
+        await peer.ask("s")
+        for draft in ([20, 21, 22], [20, 21, 22], [30]):
+            verify = await peer.round()
+            assert verify.draft == draft
+            assert await asyncio.to_thread(source.made_ahead.wait, HANG_S)
+            source.made_ahead.clear()
+            await peer.answer(verify, [*draft, 9])
+        await peer.answer(await peer.round(), [5], Finish.STOP)
+        assert await peer.silent(0.3)
+    assert source.most[:3] == [8, 4, 5], "half as many after the first round, and one more after each that sufficed"
 
 
 async def test_a_late_copy_of_a_round_changes_nothing(base: Setup, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Drafts by hidden states, alone and with copies: their tokens, their sessions, missing states, and drafts ahead."""
+"""Drafts by hidden states, alone and with copies: their tokens, their sessions, missing states, and prepared drafts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.drafter.control import Controller, DraftRound, DraftToken
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.forward import Floats
-from services.drafter.sources import Draft, DraftRequest, States
+from services.drafter.sources import AheadRequest, Draft, DraftRequest, PreparedDraft, States
 from services.drafter.sources.hidden import HiddenDrafts
 from services.drafter.sources.model import _statistics_on_device
 from services.drafter.sources.statistics import row_statistics
@@ -96,6 +96,32 @@ def seen(source: HiddenDrafts, name: str) -> int:
 
 def one(source: HiddenDrafts, request_: DraftRequest) -> list[int]:
     return source.propose([request_])[0].tokens
+
+
+def prepared(
+    source: HiddenDrafts, asked: DraftRequest, made: Draft, length: int = 2, most: int = 64
+) -> dict[tuple[int, ...], list[int]]:
+    """Return the drafts prepared during a round, by the tokens that it brings."""
+    request_ = AheadRequest(asked, made, lambda _: round_of(length, asked.sources), most)
+    (found,) = source.ahead([request_])
+    return {tuple(draft.tokens): draft.draft.tokens for draft in found}
+
+
+def by_hand(source: HiddenDrafts, tokens: Sequence[int], assumed: Sequence[int], length: int) -> list[int]:
+    """Return a greedy draft after tokens whose states are known, and then some whose states are estimated."""
+    engine = source._engine
+    states = states_of("a", 0, len(tokens) - 1)
+    assert states is not None
+    before = np.concatenate([np.zeros((1, 64), np.float32), states.rows])
+    engine.open("by hand")
+    estimate = engine.forward([DraftStep("by hand", tokens, before)])
+    drafted: list[int] = []
+    for token in assumed:
+        estimate = engine.forward([DraftStep("by hand", [token], estimate)])
+    while len(drafted) < length:
+        drafted.append(int(engine.head_ids[engine.logits(estimate).argmax()]))
+        estimate = engine.forward([DraftStep("by hand", drafted[-1:], estimate)])
+    return drafted
 
 
 def force(source: HiddenDrafts, monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
@@ -205,11 +231,10 @@ def test_a_window_that_holds_the_text_changes_nothing(fresh: Callable[..., Hidde
 def test_a_draft_ahead_continues_one_whose_beginning_was_left_out(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh(window=16)
     tokens = tokens_of("a", 60)
-    made = source.propose([request("a", tokens, 3, known=44)])[0]
-    (ahead,) = source.ahead([(DraftRequest("a", tokens, GREEDY, round_of(2), ALONE), made)])
-    assert ahead is not None
+    asked = request("a", tokens, 3, known=44)
+    made = source.propose([asked])[0]
     longer = one(fresh(window=16), request("a", tokens, 6, known=44))
-    assert [*made.tokens, ahead.bonus, *ahead.draft.tokens] == longer
+    assert prepared(source, asked, made)[*longer[:4]] == longer[4:]
 
 
 def test_requests_that_do_not_fit_together_are_drafted_in_parts(fresh: Callable[..., HiddenDrafts]) -> None:
@@ -312,25 +337,39 @@ def test_with_exact_states_every_draft_and_every_bonus_token_is_right(
         compute(steps)
         return np.stack(found)
 
+    begin = engine.branch
+
+    def branch(session_id: str, name: str, length: int) -> None:
+        texts[name] = texts[session_id][:length]
+        begin(session_id, name, length)
+
     monkeypatch.setattr(engine, "forward", true_states)
+    monkeypatch.setattr(engine, "branch", branch)
     source = HiddenDrafts(engine, window=1000)
     sessions = [Session(f"s{i}", sampling, tokens_of(f"s{i}", 20 + 30 * i)) for i, sampling in enumerate(SAMPLINGS)]
-    ahead: list[list[int]] | None = None
+    following: list[list[PreparedDraft]] = [[] for _ in sessions]
     for round_ in range(5):
         requests = [session.request(4) for session in sessions]
         drafts = source.propose(requests)
         assert all(len(draft.tokens) == (4 if round_ else 0) for draft in drafts)
-        if ahead:
-            assert [draft.tokens[:3] for draft in drafts] == ahead
-        following = [DraftRequest(r.session_id, r.tokens, r.sampling, round_of(3), ALONE) for r in requests]
-        made = source.ahead(list(zip(following, drafts, strict=True)))
+        if round_ > 1:
+            for session, draft, made in zip(sessions, drafts, following, strict=True):
+                (fitting,) = [one for one in made if one.tokens == session.tokens[-len(one.tokens) :]]
+                assert fitting.draft.tokens == draft.tokens[:3]
+        for request_ in requests:
+            request_.round.acceptance[:] = [0.99] * request_.round.kept  # so that no rejection is likelier
+        following = source.ahead(
+            [
+                AheadRequest(request_, draft, lambda _: round_of(3), most=4)
+                for request_, draft in zip(requests, drafts, strict=True)
+            ]
+        )
         tasks = [
             VerifyTask(s.name, s.tokens, draft.tokens, s.sampling, frozenset(), room=99, hidden_from=len(s.rows))
             for s, draft in zip(sessions, drafts, strict=True)
         ]
         outcomes, _ = verify(judge, tasks)
-        ahead = []
-        for session, draft, outcome, prepared in zip(sessions, drafts, outcomes, made, strict=True):
+        for session, draft, outcome, made in zip(sessions, drafts, outcomes, following, strict=True):
             assert outcome.verdict is not None
             assert outcome.verdict.accepted == len(draft.tokens)
             session.known = seen(source, session.name)
@@ -338,11 +377,9 @@ def test_with_exact_states_every_draft_and_every_bonus_token_is_right(
             for part in outcome.hidden:
                 session.rows += list(to_floats(np.frombuffer(part.rows, np.uint16).reshape(part.count, part.size)))
             if round_:
-                assert prepared is not None
-                assert prepared.bonus == session.tokens[-1]
-                ahead.append(prepared.draft.tokens)
+                assert session.tokens[-5:] in [one.tokens for one in made]
             else:
-                assert prepared is None, "without states there was no draft to continue"
+                assert made == [], "without states there is nothing to continue"
 
 
 # Copies beside the model. The text repeats itself: 8 follows 5 6 7.
@@ -452,68 +489,102 @@ def test_statistics_are_the_same_on_an_accelerator(rows: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-# Ahead of the result.
+# While a round is in flight.
 
 
 @pytest.mark.parametrize("names", [ALONE, COMBINED])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2])
-def test_a_draft_made_ahead_continues_like_a_longer_draft(
+def test_a_prepared_draft_continues_like_a_longer_draft(
     fresh: Callable[..., HiddenDrafts], sampling: Sampling, names: tuple[str, ...]
 ) -> None:
     source = fresh()
     tokens = [*tokens_of("a", 9), *REPEATING]
     asked = request("a", tokens, 3, sampling=sampling, names=names)
     made = source.propose([asked])[0]
-    following = DraftRequest("a", tokens, sampling, round_of(2, names), names)
-    (ahead,) = source.ahead([(following, made)])
-    assert ahead is not None
+    found = prepared(source, asked, made)
     longer = one(fresh(), request("a", tokens, 6, sampling=sampling))
     if names == ALONE:
-        assert [*made.tokens, ahead.bonus, *ahead.draft.tokens] == longer
-    assert len(ahead.draft.tokens) == 2
+        assert found[*longer[:4]] == longer[4:]
+    assert all(len(draft) == 2 for draft in found.values())
     assert seen(source, "a") == len(tokens), "tokens computed from estimates do not count as seen"
+    assert source._engine._pool.sessions == ["a"], "no branch is left"
     after = [*tokens, 1, 2]
     assert one(source, request("a", after, known=len(tokens))) == one(fresh(), request("a", after))
 
 
-def test_drafting_ahead_first_computes_copied_tokens(
+@pytest.mark.parametrize("length", [20, 62, 127])
+def test_drafts_are_prepared_for_rejections_too(fresh: Callable[..., HiddenDrafts], length: int) -> None:
+    """At the end of a block of the cache, and away from it."""
+    source, tokens = fresh(budget_tokens=1 << 15), tokens_of("a", length)
+    asked = request("a", tokens, 3)
+    made = source.propose([asked])[0]
+    found = prepared(source, asked, made, most=200)
+    accepted = {len(outcome) - 1 for outcome in found}
+    assert accepted == {0, 1, 2, 3}
+    for count in accepted:
+        first = next(outcome for outcome in found if len(outcome) == count + 1)
+        assert list(first[:count]) == made.tokens[:count]
+        assert first[count] not in made.tokens[count : count + 1], "a rejected token does not follow"
+        assert found[first] == by_hand(fresh(), tokens, first, 2)
+    assert list(prepared(source, asked, made, most=5)) == list(found)[:5], "again, and the likeliest ones only"
+
+
+def test_after_a_prepared_draft_the_next_one_is_prepared_from_true_states(fresh: Callable[..., HiddenDrafts]) -> None:
+    source, tokens = fresh(), tokens_of("a", 20)
+    asked = request("a", tokens, 3)
+    made = source.propose([asked])[0]
+    outcome, draft = next(iter(prepared(source, asked, made).items()))
+    following = request("a", [*tokens, *outcome], known=len(tokens))
+    for count in range(len(draft)):
+        following.round.add(DraftToken("hidden", 0.5 - count / 10))
+    found = prepared(source, following, Draft(draft))
+    last = next(tail for tail in found if list(tail[:2]) == draft)
+    assert found[last] == by_hand(fresh(), following.tokens, last, 2)
+    assert seen(source, "a") == len(following.tokens)
+
+
+def test_preparing_first_computes_copied_tokens(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, other = fresh(), fresh()
+    source = fresh()
     force(source, monkeypatch, 8)
-    made = source.propose([combined(3)])[0]
+    asked = combined(3)
+    made = source.propose([asked])[0]
     assert (made.tokens, source._engine.length("a")) == ([8, 9, 5], len(REPEATING))
     monkeypatch.undo()
-    (ahead,) = source.ahead([(DraftRequest("a", REPEATING, GREEDY, round_of(2), ALONE), made)])
-    assert ahead is not None
-    states = states_of("a", 0, len(REPEATING) - 1)
-    assert states is not None
-    before = np.concatenate([np.zeros((1, 64), np.float32), states.rows])
-    other._engine.open("a")
-    estimate = other._engine.forward([DraftStep("a", REPEATING, before)])
-    for token in (8, 9, 5, ahead.bonus, *ahead.draft.tokens[:1]):
-        estimate = other._engine.forward([DraftStep("a", [token], estimate)])
-        if token == 5:
-            assert other._engine.logits(estimate).argmax().item() == ahead.bonus
-    assert other._engine.logits(estimate).argmax().item() == ahead.draft.tokens[1]
+    found = prepared(source, replace(asked, sources=ALONE), made)
+    last = next(outcome for outcome in found if list(outcome[:3]) == made.tokens)
+    assert found[last] == by_hand(fresh(), REPEATING, last, 2)
 
 
-def test_sessions_that_the_source_has_not_computed_get_no_draft_ahead(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_sessions_that_the_source_has_not_computed_get_no_prepared_draft(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     tokens = tokens_of("a", 20)
-    made = source.propose([request("a", tokens)])[0]
-    unknown = (request("b", tokens), Draft([1]))
-    stale = (request("a", [*tokens, 4], known=20), Draft([1]))
-    right = (request("a", tokens), made)
-    assert source.ahead([unknown, stale]) == [None, None]
-    assert source.ahead([unknown, right])[1] is not None
+    asked = request("a", tokens)
+    made = source.propose([asked])[0]
+    assert prepared(source, request("b", tokens), Draft()) == {}
+    without_states = replace(request("a", [*tokens, 4, 5]), states=None)
+    assert prepared(source, without_states, Draft()) == {}
+    assert prepared(source, asked, made)
 
 
-def test_drafting_ahead_survives_evictions(fresh: Callable[..., HiddenDrafts]) -> None:
-    source = fresh(budget_tokens=128)
-    asked = [request(name, tokens_of(name, 62), 2) for name in ("a", "b")]
+def test_preparing_ends_when_it_is_no_longer_wanted(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh()
+    asked = request("a", tokens_of("a", 20))
+    made = source.propose([asked])[0]
+    answers = [True] * 8
+    one_step = AheadRequest(asked, made, lambda _: round_of(4), 3, lambda: bool(answers and answers.pop()))
+    (found,) = source.ahead([one_step])
+    assert found
+    assert {len(draft.draft.tokens) for draft in found} < {1, 2, 3}, "shorter drafts than asked for"
+    assert source.ahead([replace(one_step, wanted=lambda: False)]) == [[]]
+
+
+def test_preparing_evicts_no_session(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh(budget_tokens=256)
+    asked = [request(name, tokens_of(name, 62), 1) for name in ("a", "b")]
     made = source.propose(asked)
-    assert all(len(draft.tokens) == 2 for draft in made)
-    following = [request(name, tokens_of(name, 62), 3) for name in ("a", "b")]
-    assert len(source.ahead(list(zip(following, made, strict=True)))) == 2
-    assert sorted((seen(source, "a"), seen(source, "b"))) in ([0, 62], [62, 62])
+    aheads = [AheadRequest(r, draft, lambda _: round_of(2), 8) for r, draft in zip(asked, made, strict=True)]
+    found = source.ahead(aheads)
+    assert sum(map(len, found)) == 1, "two blocks are left, and a branch may need both"
+    assert (seen(source, "a"), seen(source, "b")) == (62, 62)

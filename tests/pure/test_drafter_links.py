@@ -85,7 +85,7 @@ async def test_a_direct_link_takes_measured_times(ends: Ends) -> None:
     link.learn_draft(times, DRAFT, call_ms=30.0)
     assert times.step_ms("model") == 10.0
     assert link.draft_ms(DRAFT, measured_ms=31.0) == 31.0
-    assert link.has_made(DRAFT, elapsed_ms=0.0)
+    assert link.made_ahead([DRAFT, DRAFT], elapsed_ms=0.0) == 2
 
 
 async def test_an_emulated_link_takes_the_times_of_its_profile(ends: Ends, profile: HardwareProfile) -> None:
@@ -93,8 +93,9 @@ async def test_an_emulated_link_takes_the_times_of_its_profile(ends: Ends, profi
     link.learn_draft(times, DRAFT, call_ms=30.0)
     assert times.step_ms("model") == 4.0
     assert link.draft_ms(DRAFT, measured_ms=31.0) == 3 * 4.0 + 1.0
-    assert not link.has_made(DRAFT, elapsed_ms=16.9)
-    assert link.has_made(DRAFT, elapsed_ms=17.0), "one more step than the draft itself"
+    # A step for the draft in flight, and then 13 ms for each.
+    made = [link.made_ahead([DRAFT, DRAFT], elapsed_ms) for elapsed_ms in (16.9, 17.0, 29.9, 30.0, 99.0)]
+    assert made == [0, 1, 1, 2, 2]
     link.close()
 
 

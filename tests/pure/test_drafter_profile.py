@@ -88,7 +88,10 @@ def test_the_time_of_a_draft_includes_its_steps_and_the_tokens_before_it() -> No
     assert profile.draft_ms(Draft([5, 6], {"hidden": 3}, computed=1)) == 12
     assert profile.draft_ms(Draft([5], {"hidden": 1}, computed=101)) == 4 + 50
     assert profile.draft_ms(Draft([5, 6, 7])) == 0, "copied tokens take no time"
-    assert profile.ahead_ms(Draft([5], {"hidden": 2})) == 12
+    prepared = [Draft([5], {"hidden": 2}), Draft([6], {"hidden": 1})]
+    assert [profile.made_ahead(prepared, ms) for ms in (11.9, 12, 15.9, 16)] == [0, 1, 1, 2], (
+        "a step more than they take"
+    )
 
 
 LINKS = st.builds(LinkProfile, delay_ms=st.floats(0, 500), jitter_ms=st.floats(0, 100))

@@ -21,7 +21,7 @@ from services.drafter.core.session import RoundTimer, RoundTimers
 from services.drafter.link import Deliver, DirectLink
 from services.drafter.serving import ServedSession
 from services.drafter.settings import DraftServingSettings
-from services.drafter.sources import Draft, DraftAhead, DraftRequest
+from services.drafter.sources import AheadRequest, Draft, DraftRequest, PreparedDraft
 from services.drafter.worker import SourceWorker
 from shared.messages import HiddenStates, Slo, Verify
 from shared.models.hidden_states import parts
@@ -56,8 +56,8 @@ class Hidden:
             tokens.append(NEVER_RIGHT)
         return Draft(tokens, {"hidden": steps}, computed)
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
-        return [None for _ in requests]
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
+        return [[] for _ in requests]
 
     def computes(self, request: DraftRequest) -> bool:
         return request.round.wants("hidden")

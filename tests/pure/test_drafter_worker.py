@@ -1,17 +1,19 @@
-"""The source worker: batched calls, failures and drafts ahead; and the counts of verified tokens."""
+"""The source worker: batched calls, failures and prepared drafts; and the counts of verified tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import pytest
 from builders import result
 
 from services.drafter.control import Controller, DraftRound, DraftToken
 from services.drafter.core.session import verified_counts
-from services.drafter.sources import Draft, DraftAhead, DraftRequest
+from services.drafter.sources import AheadRequest, Draft, DraftRequest, PreparedDraft
 from services.drafter.worker import SourceWorker
 from shared.messages import Sampling
 
@@ -25,6 +27,8 @@ class Scripted:
         self.go = threading.Event()
         self.called = threading.Event()
         self.fails = False
+        self.waits_until_unwanted = False
+        self.preparing = threading.Event()
         self.calls: list[list[str]] = []
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
@@ -37,9 +41,13 @@ class Scripted:
             raise ValueError("broken")
         return [Draft([7], {"model": 1}) for _ in requests]
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
-        self.calls.append([f"after {request.session_id}" for request, _ in requests])
-        return [DraftAhead(8, Draft([9])) for _ in requests]
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
+        self.calls.append([f"after {one.request.session_id}" for one in requests])
+        if self.waits_until_unwanted:
+            self.preparing.set()
+            while requests[0].wanted():
+                time.sleep(0.001)
+        return [[PreparedDraft([*one.draft.tokens, 8], Draft([9]), one.begin(1))] for one in requests]
 
     def computes(self, request: DraftRequest) -> bool:
         return request.session_id != "copies"
@@ -87,6 +95,10 @@ def request(session_id: str) -> DraftRequest:
     return DraftRequest(session_id, [1, 2], Sampling(), round_of(4), ("model",))
 
 
+def after(session_id: str) -> AheadRequest:
+    return AheadRequest(request(session_id), Draft([3]), round_of, 4)
+
+
 def round_of(length: int) -> DraftRound:
     return Controller("fixed", 8).session("model").ahead(length, 0.0)
 
@@ -96,14 +108,15 @@ async def test_requests_during_a_call_share_the_next_and_drafts_precede_aheads()
     async with working(source) as worker:
         first = asyncio.create_task(worker.draft(request("a")))
         assert await asyncio.to_thread(source.called.wait, 10)
-        ahead = worker.ahead(request("x"), Draft([3]))
+        ahead = worker.ahead(after("x"))
         others = [asyncio.create_task(worker.draft(request(name))) for name in "bc"]
         await asyncio.sleep(0)
         source.go.set()
         made = await asyncio.gather(first, *others)
         assert [draft.tokens for draft, _ in made] == [[7]] * 3
         assert ahead is not None
-        assert (await ahead)[0] == DraftAhead(8, Draft([9]))
+        (prepared,), _ = await ahead
+        assert (prepared.tokens, prepared.draft) == ([3, 8], Draft([9]))
     assert source.calls == [["a"], ["b", "c"], ["after x"]]
 
 
@@ -127,7 +140,7 @@ async def test_cancelled_drafts_ahead_are_dropped() -> None:
         first = asyncio.create_task(worker.draft(request("a")))
         assert await asyncio.to_thread(source.called.wait, 10)
         for _ in range(100):
-            answer = worker.ahead(request("x"), Draft())
+            answer = worker.ahead(after("x"))
             assert answer is not None
             answer.cancel()
         assert len(worker._aheads.pending) == 1
@@ -136,6 +149,22 @@ async def test_cancelled_drafts_ahead_are_dropped() -> None:
         await first
         await worker.draft(request("b"))
     assert source.calls == [["a"], ["close x"], ["b"]]
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "a draft is asked for"])
+async def test_preparing_stops_when_it_is_no_longer_wanted(reason: str) -> None:
+    source = Scripted()
+    source.go.set()
+    source.waits_until_unwanted = True
+    async with working(source) as worker:
+        answer = worker.ahead(after("x"))
+        assert answer is not None
+        assert await asyncio.to_thread(source.preparing.wait, 10)
+        if reason == "cancelled":
+            answer.cancel()
+        assert (await worker.draft(request("a")))[0].tokens == [7]
+        if reason != "cancelled":
+            assert len((await answer)[0]) == 1, "what is done by then is kept"
 
 
 def test_only_verified_tokens_are_counted() -> None:

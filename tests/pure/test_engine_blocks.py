@@ -180,6 +180,13 @@ class Operations(RuleBasedStateMachine):
         self.pool.truncate(name, length)
         assert self.pool.length(name) == min(before, length)
 
+    @rule(name=names, branch=names, length=st.integers(0, 300))
+    def branch(self, name: str, branch: str, length: int) -> None:
+        if name not in self.pool.sessions or branch in self.pool.sessions:
+            return
+        self.pool.branch(name, branch, length)
+        assert self.read(branch) == self.read(name)[:length]
+
     @rule(name=names)
     def release(self, name: str) -> None:
         self.pool.release(name)

@@ -25,7 +25,11 @@ async def test_the_text_is_the_same_and_drafts_take_the_emulated_time(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic, tmp_path: Path
 ) -> None:
     (tmp_path / "slow.toml").write_text(PROFILE)
-    env = {"WISP_DEVICE_PROFILE": str(tmp_path / "slow.toml"), "WISP_OPTIMISTIC": "true", "WISP_CACHE_TOKENS": "4096"}
+    env = {
+        "WISP_DEVICE_PROFILE": str(tmp_path / "slow.toml"),
+        "WISP_PREPARED_OUTCOMES": "8",
+        "WISP_CACHE_TOKENS": "4096",
+    }
     before = stack.processes("drafter")
     (slow,) = await stack.start("drafter", 1, env=env)
     for process in before:

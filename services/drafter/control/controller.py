@@ -170,10 +170,16 @@ class SessionControl:
         share = (times.step_ms(source) + rounds_ms) / (PROBE_SHARE * plain_ms)
         return min(LONGEST_WAIT, max(FIRST_WAIT, math.ceil(share)))
 
-    def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
-        """Return a round that may follow the one in flight. It changes nothing until it is settled."""
+    def ahead(
+        self, room: int, temperature: float, target_entropy: float | None = None, *, in_flight: bool = False
+    ) -> DraftRound:
+        """Return a round that may follow the one in flight. It changes nothing until it is settled.
+
+        in_flight: it is drafted before that one's result.
+        """
         longest = max(0, min(room, self._draft_length, self.times.draft_cap))
-        return DraftRound(self, longest, RoundContext(temperature, target_entropy, self._recent_acceptance.value))
+        context = RoundContext(temperature, target_entropy, self._recent_acceptance.value)
+        return DraftRound(self, longest, context, in_flight=in_flight)
 
     def rests(self, source: str) -> bool:
         """Return whether a source is expected to draft neither in this round nor in the next."""

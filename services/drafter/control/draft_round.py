@@ -39,7 +39,10 @@ class DraftedToken(NamedTuple):
 class DraftRound:
     """One round's draft while it is made, kept until the round is settled."""
 
-    def __init__(self, session: SessionControl, longest: int, context: RoundContext) -> None:
+    def __init__(
+        self, session: SessionControl, longest: int, context: RoundContext, *, in_flight: bool = False
+    ) -> None:
+        """in_flight: it is drafted while another round is in flight, so that its draft steps delay nothing."""
         self.longest = longest
         """Most tokens to draft; 0 is plain decoding."""
         self.probed: frozenset[str] = frozenset()
@@ -59,6 +62,7 @@ class DraftRound:
         self._expected: dict[tuple[str, int], NextTokens] = {}
         """Expected tokens by source and position."""
         times = session.times
+        self._step_ms = _no_time if in_flight else times.step_ms
         self._forecast = RoundForecast(
             times.base_ms,
             [times.added_ms(count) for count in range(longest + 1)],
@@ -108,14 +112,14 @@ class DraftRound:
         if last and last.support and last.source == source:
             copies = [replace(last, support=last.support + i, contested=False) for i in range(1, end - position + 1)]
             first, *later = [self.estimate(token, position + i) for i, token in enumerate(copies)] or [0.0]
-            return NextTokens(session.times.step_ms(source), [first], first, later)
+            return NextTokens(self._step_ms(source), [first], first, later)
         if (known := self._expected.get((source, position))) is not None:
             return known
         acceptances, mean = session.expected_acceptances(source, position)
         later = [session.expected_acceptances(source, i)[1] for i in range(position + 1, min(end, DEEPEST + 1))]
         if (deep := end - max(position, DEEPEST) - 1) > 0:
             later += [session.expected_acceptances(source, DEEPEST)[1]] * deep
-        following = NextTokens(session.times.step_ms(source), acceptances, mean, later)
+        following = NextTokens(self._step_ms(source), acceptances, mean, later)
         self._expected[source, position] = following
         return following
 
@@ -131,12 +135,12 @@ class DraftRound:
         """
         if not self._open or self.kept >= self.longest:
             return DraftDecision.DROP
-        session, times = self._session, self._session.times
+        session = self._session
         known = features(token, self.kept, self.context)
         model_logit = session.calibration.model_logit(token, known)
         acceptance = session.acceptance(token.source, model_logit)
         self.drafted.append(DraftedToken(token, model_logit))
-        self._forecast.ms += times.step_ms(token.source)
+        self._forecast.ms += self._step_ms(token.source)
         if not token.support and not self.silent:
             self._forecast.plain_rate = 0.0
         scored = ScoredToken(token, known, acceptance)
@@ -173,3 +177,7 @@ class DraftRound:
             verified=verified,
             accepted=accepted,
         )
+
+
+def _no_time(source: str) -> float:
+    return 0.0

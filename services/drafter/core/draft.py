@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -80,11 +80,28 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class DraftAhead:
-    """A draft made while a round is in flight, in case all of the round is accepted and `bonus` follows."""
+class AheadRequest:
+    """A request to prepare drafts for the round after one in flight, for its likely outcomes."""
 
-    bonus: int
+    request: DraftRequest
+    """Of the round in flight, with the hidden states that the source has not read yet."""
     draft: Draft
+    """The draft in flight."""
+    begin: Callable[[int], DraftRound]
+    """Returns a round that follows this many more tokens, at most one more than the draft has."""
+    most: int
+    """Most outcomes."""
+    wanted: Callable[[], bool] = lambda: True
+    """Asked between two steps. If it returns False, the source ends at once, with shorter drafts."""
+
+
+@dataclass(frozen=True)
+class PreparedDraft:
+    """A draft that follows a round in flight if it brings `tokens`: the accepted ones and the bonus token."""
+
+    tokens: list[int]
+    draft: Draft
+    round: DraftRound
 
 
 class DraftSource(Protocol):
@@ -99,10 +116,10 @@ class DraftSource(Protocol):
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         """Return one draft per request, in order; a draft may be shorter than wanted. Never changes `tokens`."""
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
-        """Continue drafts just proposed, each given with the request for the following round.
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
+        """Prepare drafts for the likely outcomes of rounds in flight: for each request its own, likeliest first.
 
-        None where a draft cannot be continued.
+        Call it for sessions whose latest `propose` or `ahead` was about the round in flight or the one before.
         """
 
     def computes(self, request: DraftRequest) -> bool:
@@ -123,9 +140,9 @@ class WithoutStates:
 
     blocking: bool
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
         """Return no drafts."""
-        return [None for _ in requests]
+        return [[] for _ in requests]
 
     def computes(self, request: DraftRequest) -> bool:
         """Return whether the source blocks."""

@@ -7,6 +7,8 @@ Each session of a drafter stands for a device of its own. Profiles are TOML file
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
+from itertools import accumulate, islice
 from random import Random
 from typing import Annotated
 
@@ -59,9 +61,13 @@ class HardwareProfile(_ProfilePart):
         """Return the time to make a draft, including the committed tokens computed before it."""
         return self.steps_ms(sum(draft.steps.values())) + max(0, draft.computed - 1) * self.draft.prompt_ms
 
-    def ahead_ms(self, draft: Draft) -> float:
-        """Return the time to make a draft ahead: one more step, for the last token of the draft before it."""
-        return self.draft_ms(draft) + self.draft.step_ms
+    def made_ahead(self, drafts: Sequence[Draft], elapsed_ms: float) -> int:
+        """Return how many of these drafts are prepared, one after another, in this time after a round was sent.
+
+        Its draft's last token takes a step before them.
+        """
+        ready_ms = accumulate(map(self.draft_ms, drafts), initial=self.draft.step_ms)
+        return sum(ms <= elapsed_ms for ms in islice(ready_ms, 1, None))
 
 
 class LinkDelays:

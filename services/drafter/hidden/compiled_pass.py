@@ -140,6 +140,11 @@ class CompiledDraft:
         last: Floats = states[np.cumsum(batch.counts) - 1]
         return last
 
+    def copy_block(self, source: int, target: int) -> None:
+        for layers in (self._bottom, self._own.layers):
+            if layers is not None:
+                layers.memory.copy_block(source, target)
+
     def logits(self, estimates: Floats) -> Floats:
         count = len(estimates)
         self._head.inputs(count)[:] = estimates

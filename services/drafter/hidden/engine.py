@@ -21,6 +21,9 @@ from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
 from shared.models.folder import ModelFolder
 
+BRANCH_BLOCKS = 2
+"""Most blocks of its own that a branch takes: a copy of the one that it continues, and the next one."""
+
 
 @dataclass(frozen=True)
 class DraftStep:
@@ -35,7 +38,7 @@ class DraftStep:
 class DraftEngine:
     """The draft model, the parts of the target that it uses, and its KV cache.
 
-    Not thread-safe: one thread at a time. A session begins empty with `open`. Sessions share no KV.
+    Not thread-safe: one thread at a time. A session begins empty with `open`, or with another's tokens with `branch`.
     """
 
     def __init__(
@@ -90,6 +93,20 @@ class DraftEngine:
         """Roll a session back to its first `length` tokens."""
         self._pool.truncate(session_id, length)
 
+    @property
+    def branch_room(self) -> int:
+        """Number of branches that have room without evicting a session."""
+        return self._pool.available // BRANCH_BLOCKS
+
+    def branch(self, session_id: str, branch: str, length: int) -> None:
+        """Begin another session with the first `length` tokens of one. It shares their KV; `discard` ends it."""
+        self._pool.branch(session_id, branch, length)
+
+    def discard(self, session_id: str) -> None:
+        """End a session whose KV nothing can use."""
+        self._pool.truncate(session_id, 0)
+        self._pool.release(session_id)
+
     def release(self, session_id: str) -> None:
         """End a session and free its KV."""
         self._pool.release(session_id)
@@ -106,6 +123,8 @@ class DraftEngine:
         starts = [self.length(step.session_id) for step in steps]
         growth = self._pool.grow({step.session_id: len(step.tokens) for step in steps})
         try:
+            for source, target in growth.copies:
+                self._pass.copy_block(source, target)
             estimates = self._compute(steps, starts, counts)
         except BaseException:
             self._pool.undo(growth)

@@ -31,6 +31,9 @@ class DraftPass(Protocol):
         token of each session, (sessions, hidden size), which the caller owns.
         """
 
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block's keys and values."""
+
     def logits(self, estimates: Floats) -> Floats:
         """Return the logits of the tokens `head_ids`, (rows, tokens)."""
 

@@ -60,6 +60,10 @@ class ModuleDraft:
         last = torch.tensor(batch.counts).cumsum(0) - 1
         return _array(self._model.norm(g[last.to(self._torch_device)]))
 
+    def copy_block(self, source: int, target: int) -> None:
+        for there, here in zip(self._cache.views(source), self._cache.views(target), strict=True):
+            here.copy_(there)
+
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._cache.attend(layer, q, k, v, self._scores)
 

@@ -1,16 +1,26 @@
 """Draft sources: `registry` lists them by name; this package holds those that compute with a model."""
 
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, DraftSource, NoDrafts, Prediction, States
+from services.drafter.core.draft import (
+    AheadRequest,
+    Draft,
+    DraftRequest,
+    DraftSource,
+    NoDrafts,
+    Prediction,
+    PreparedDraft,
+    States,
+)
 from services.drafter.core.lookup import LookupDrafts
 
 __all__ = [
+    "AheadRequest",
     "Draft",
-    "DraftAhead",
     "DraftRequest",
     "DraftSource",
     "LookupDrafts",
     "NoDrafts",
     "Prediction",
+    "PreparedDraft",
     "States",
     "hidden",
     "model",

@@ -8,20 +8,23 @@ the likelier one by the controller's estimate is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from services.drafter.control import DraftDecision, DraftToken
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest
+from services.drafter.core.draft import AheadRequest, Draft, DraftRequest, PreparedDraft
 from services.drafter.core.lookup import LOOKUP, CopyText
+from services.drafter.core.outcomes import Outcome, likely_outcomes
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.forward import Floats
 from services.drafter.sources.registry import HIDDEN
 from services.drafter.sources.statistics import draft_tokens
 from shared.errors import EngineError
+from shared.sampling.likely import likely_choices
 from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import Columns, choose_in_rows
 
@@ -45,6 +48,8 @@ class _HiddenSession:
     on estimates."""
     latest: Floats | None = None
     """The model's estimate at the last token that the engine holds: (hidden size,)."""
+    estimates: dict[int, Floats] = field(default_factory=dict)
+    """Its estimates by position, from the last token that was computed from the target's own states on."""
     text: CopyText = field(default_factory=CopyText)
 
 
@@ -58,6 +63,9 @@ class DraftInProgress:
     dropped: int | None = None
     steps: int = 0
     computed: int = 0
+    assumed: Sequence[int] = ()
+    """The last of the request's tokens if they are not committed yet."""
+    wanted: Callable[[], bool] = lambda: True
 
     @property
     def position(self) -> int:
@@ -73,7 +81,7 @@ class DraftInProgress:
         """Return the token that lookup would copy next, and how many tokens before it match."""
         if not self.copies:
             return None
-        proposed, support = self.session.text.continuation(1, self.tokens)
+        proposed, support = self.session.text.continuation(1, [*self.assumed, *self.tokens])
         mask = self.request.mask(self.tokens)
         return (proposed[0], support) if proposed and (mask is None or mask.allows(proposed[0])) else None
 
@@ -169,28 +177,108 @@ class HiddenDrafts:
         session = self._sessions[request.session_id] = _HiddenSession(text=CopyText(request.prediction))
         return session
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
-        """Continue each draft: the token that should follow it, and a draft after that token."""
-        drafts = [
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
+        """Prepare drafts for the likely outcomes of rounds in flight, all in packed steps."""
+        flying = [
             DraftInProgress(
-                replace(request, tokens=[*request.tokens, *made.tokens]),
-                self._sessions.get(request.session_id, _HiddenSession()),
+                replace(one.request, tokens=[*one.request.tokens, *one.draft.tokens]),
+                self._sessions.get(one.request.session_id) or _HiddenSession(),
             )
-            for request, made in requests
+            for one in requests
         ]
-        alive = {
+        complete = self._complete(requests, flying)
+        chosen = [
+            (i, outcome)
+            for i, outcomes in zip(complete, self._outcomes([requests[i] for i in complete]), strict=True)
+            for outcome in outcomes
+        ]
+        drafts: list[DraftInProgress] = []
+        prepared: list[list[PreparedDraft]] = [[] for _ in requests]
+        try:
+            for i, outcome in chosen[: self._engine.branch_room]:
+                drafts.append(self._branch(requests[i], flying[i].session, outcome, len(drafts)))
+            steps = {
+                n: draft.step(draft.assumed[-1])
+                for n, draft in enumerate(drafts)
+                if draft.wanted() and draft.request.round.wants(HIDDEN)
+            }
+            self._draft(drafts, self._forward(drafts, steps))
+        finally:
+            for draft in drafts:
+                self._engine.discard(draft.request.session_id)
+        for (i, _), draft in zip(chosen, drafts, strict=False):
+            if draft.tokens:
+                prepared[i].append(PreparedDraft([*draft.assumed], draft.finished(), draft.request.round))
+        return prepared
+
+    def _complete(self, requests: Sequence[AheadRequest], flying: Sequence[DraftInProgress]) -> list[int]:
+        """Compute the tokens of sessions and their drafts in flight that are not computed yet.
+
+        Returns the indices of those that are then computed to their end. flying: the same with the draft's tokens.
+        """
+        alive: set[int] = set()
+        steps: dict[int, DraftStep] = {}
+        for i, (one, draft) in enumerate(zip(requests, flying, strict=True)):
+            request, session = one.request, draft.session
+            if request.session_id not in self._sessions or not one.wanted():
+                continue
+            if self._seen(request.session_id, session) == len(request.tokens):
+                # The engine may hold other tokens than were sent, if the draft was cut.
+                held = min(session.first + self._engine.length(request.session_id), len(draft.request.tokens))
+                self._engine.truncate(request.session_id, held - session.first)
+                session.latest = session.estimates[held - 1]
+                alive.add(i)
+            elif (step := self._catch_up(DraftInProgress(request, session))) is not None:
+                steps[i] = step
+        for i in self._forward(flying, steps):
+            flying[i].session.seen = len(requests[i].request.tokens)
+            alive.add(i)
+        while behind := {i: step for i in alive if (step := self._behind(flying[i])) is not None}:
+            alive -= behind.keys() - self._forward(flying, behind)
+        # A later session's step may have evicted an earlier one.
+        return sorted(
             i
-            for i, (draft, (request, _)) in enumerate(zip(drafts, requests, strict=True))
-            if self._seen(request.session_id, draft.session) == len(request.tokens)
-        }
-        while behind := {i: step for i in alive if (step := self._behind(drafts[i])) is not None}:
-            alive -= behind.keys() - self._forward(drafts, behind)
-        bonus = dict(zip(sorted(alive), self._choose([drafts[i] for i in sorted(alive)])[0], strict=True))
-        for i, token in bonus.items():
-            drafts[i].request = replace(drafts[i].request, tokens=[*drafts[i].request.tokens, token])
-        wanting = {i: drafts[i].step(token) for i, token in bonus.items() if drafts[i].request.round.wants(HIDDEN)}
-        self._draft(drafts, self._forward(drafts, wanting))
-        return [DraftAhead(bonus[i], draft.finished()) if i in bonus else None for i, draft in enumerate(drafts)]
+            for i in alive
+            if flying[i].session.first + self._engine.length(flying[i].request.session_id)
+            == len(flying[i].request.tokens)
+        )
+
+    def _outcomes(self, requests: Sequence[AheadRequest]) -> list[list[Outcome]]:
+        """Return the likely outcomes of each round in flight."""
+        places = [(one, count) for one in requests for count in range(len(one.draft.tokens) + 1)]
+        if not places:
+            return []
+        estimates = [
+            self._sessions[one.request.session_id].estimates[len(one.request.tokens) + count - 1]
+            for one, count in places
+        ]
+        choices = []
+        for logits, (one, count) in zip(self._engine.logits(np.stack(estimates)), places, strict=True):
+            request = one.request
+            draft = DraftInProgress(request, self._sessions[request.session_id], one.draft.tokens[:count])
+            choices.append(
+                # One more, since a rejected token is no choice.
+                likely_choices(logits, request.sampling, draft.position, self._columns, one.most + 1, draft.processor())
+            )
+        found, rest = [], iter(choices)
+        for one in requests:
+            own = list(islice(rest, len(one.draft.tokens) + 1))
+            found.append(likely_outcomes(one.draft.tokens, one.request.round.acceptance, own, one.most))
+        return found
+
+    def _branch(self, one: AheadRequest, session: _HiddenSession, outcome: Outcome, number: int) -> DraftInProgress:
+        """Return a draft after an outcome, in a branch of the session's KV."""
+        request, name = one.request, f"{one.request.session_id} ahead {number}"
+        if LOOKUP in request.sources:
+            session.text.extend(request.tokens)
+        assumed = [*one.draft.tokens[: outcome.accepted], outcome.bonus]
+        known = len(request.tokens) + outcome.accepted
+        self._engine.branch(request.session_id, name, known - session.first)
+        branch = _HiddenSession(first=session.first, latest=session.estimates[known - 1], text=session.text)
+        following = replace(
+            request, session_id=name, tokens=[*request.tokens, *assumed], round=one.begin(len(assumed)), states=None
+        )
+        return DraftInProgress(following, branch, assumed=assumed, wanted=one.wanted)
 
     def _catch_up(self, draft: DraftInProgress) -> DraftStep | None:
         """Return the step that computes the committed tokens not computed yet; None if a state is missing."""
@@ -208,6 +296,7 @@ class HiddenDrafts:
             session.first = start
         self._engine.truncate(request.session_id, start - session.first)
         session.seen = start
+        session.estimates.clear()
         before = states.rows[needed - states.start :]
         if start == 0:  # the first token has no state before it
             before = np.concatenate([np.zeros((1, self._engine.hidden_size), np.float32), before])
@@ -239,12 +328,13 @@ class HiddenDrafts:
         # A sum is finite only if all of its values are.
         sound = [i for i, total in zip(steps, totals.tolist(), strict=True) if math.isfinite(total)]
         for i, estimate in zip(steps, estimates, strict=True):
-            drafts[i].session.latest = estimate
+            session, name = drafts[i].session, drafts[i].request.session_id
+            session.latest = session.estimates[session.first + self._engine.length(name) - 1] = estimate
         return sound
 
     def _draft(self, drafts: Sequence[DraftInProgress], going: Sequence[int]) -> None:
         """Draft token by token while the rounds want more. going: indices of drafts whose last token is computed."""
-        while going := [i for i in going if drafts[i].request.round.wants(HIDDEN)]:
+        while going := [i for i in going if drafts[i].wanted() and drafts[i].request.round.wants(HIDDEN)]:
             chosen, tokens = self._choose([drafts[i] for i in going])
             steps: dict[int, DraftStep] = {}
             for i, token_id, token in zip(going, chosen, tokens, strict=True):
@@ -291,7 +381,7 @@ def _copy(draft: DraftInProgress, *, agreed: bool, contested: bool = False) -> N
     """Copy as far as the controller allows. agreed, contested: whether the model's token is the first of the copies."""
     round_ = draft.request.round
     room = round_.longest - len(draft.tokens)
-    proposed, support = draft.session.text.continuation(room, draft.tokens)
+    proposed, support = draft.session.text.continuation(room, [*draft.assumed, *draft.tokens])
     mask = draft.request.mask(draft.tokens)
     for i, token_id in enumerate(proposed):
         if mask is not None:

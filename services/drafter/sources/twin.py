@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.drafter.control import DraftDecision, DraftToken
+from services.drafter.core.draft import AheadRequest, PreparedDraft
 from services.drafter.core.lookup import LOOKUP
 from services.drafter.core.synthetic import DraftProcess
 from services.drafter.hidden.forward import Floats
@@ -55,6 +56,19 @@ class TwinDraftEngine:
         """End a session."""
         self._pool.release(session_id)
 
+    @property
+    def branch_room(self) -> int:
+        """Number of branches: none."""
+        return 0
+
+    def branch(self, session_id: str, branch: str, length: int) -> None:
+        """Raise NotImplementedError: a twin prepares no drafts."""
+        raise NotImplementedError
+
+    def discard(self, session_id: str) -> None:
+        """Raise NotImplementedError: a twin prepares no drafts."""
+        raise NotImplementedError
+
     def forward(self, steps: Sequence[DraftStep]) -> Floats:
         """Hold the steps' tokens, and wait for the time of a step. Raises TooLong and CacheFull."""
         if any(len(step.tokens) < 1 for step in steps):
@@ -76,7 +90,15 @@ class TwinDraftEngine:
         raise NotImplementedError
 
 
-class TwinDrafts(HiddenDrafts):
+class _DraftsWithoutModel(HiddenDrafts):
+    """Drafts that come from no logits. They know no runners-up, and prepare no drafts."""
+
+    def ahead(self, requests: Sequence[AheadRequest]) -> list[list[PreparedDraft]]:
+        """Return no drafts."""
+        return [[] for _ in requests]
+
+
+class TwinDrafts(_DraftsWithoutModel):
     """Drafts whose tokens are right with the chances of a twin's description."""
 
     def __init__(self, engine: TwinDraftEngine, acceptance: Acceptance, text: SyntheticText) -> None:
@@ -105,7 +127,7 @@ class TwinDrafts(HiddenDrafts):
         return chosen, tokens
 
 
-class TraceDrafts(HiddenDrafts):
+class TraceDrafts(_DraftsWithoutModel):
     """Drafts of a trace. A request that allows lookup gets the recorded drafts of both sources."""
 
     def __init__(self, engine: TwinDraftEngine, trace: Trace) -> None:

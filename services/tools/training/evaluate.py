@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from services.drafter.control import Controller, DraftRound, SessionControl
 from services.drafter.control.records import RoundRecord
 from services.drafter.hidden.target_parts import TargetParts
 from services.drafter.learning.head_loss import shaped
-from services.drafter.sources import Draft, DraftRequest, DraftSource, States
+from services.drafter.sources import AheadRequest, Draft, DraftRequest, DraftSource, PreparedDraft, States
 from services.tools.training.generate import sampling
 from services.tools.training.shards import GeneratedText
 from shared.messages import HiddenFormat, HiddenStates
@@ -77,8 +78,10 @@ class _EvaluatedText:
         self.tokens: list[int] = text.tokens.tolist()
         self.length = text.prompt_len
         self.control = control
-        self.ahead: tuple[list[int], Draft, DraftRound] | None = None
-        """The next round's draft, made for these committed tokens."""
+        self.prepared: dict[tuple[int, ...], PreparedDraft] = {}
+        """Drafts for the next round, by the tokens that this round brings."""
+        self.brought: tuple[int, ...] = ()
+        """The tokens that the last round brought."""
 
     @property
     def room(self) -> int:
@@ -108,13 +111,13 @@ def rounds(
     texts: Sequence[GeneratedText],
     entropy: Sequence[Sequence[float]] | None = None,
     *,
-    optimistic: bool = False,
+    outcomes: int = 0,
     form: HiddenFormat = HiddenFormat.BFLOAT16,
 ) -> Iterator[Drafted]:
     """Draft every text to its end; yield every round but each text's first, which computes the prompt.
 
-    names: the sources in use. entropy: the target's at each position, as input of the controller. optimistic: draft
-    ahead while a round is in flight, and use that draft if it fits. form: format in which the states are sent.
+    names: the sources in use. entropy: the target's at each position, as input of the controller. outcomes: prepare the
+    next draft for this many outcomes of each round in flight. form: format in which the states are sent.
     """
     for first in range(0, len(texts), TOGETHER):
         active = [
@@ -123,13 +126,14 @@ def rounds(
             if len(text.tokens) > text.prompt_len + 1
         ]
         while active:
-            for text, draft, began, ahead in _drafts(source, names, active, entropy, optimistic=optimistic, form=form):
+            for text, draft, began, ahead in _drafts(source, names, active, entropy, outcomes=outcomes, form=form):
                 judged = _judge(text, began, draft, ahead)
                 if text.length > text.text.prompt_len:
                     yield judged
                 dropped = draft.dropped if judged.accepted == judged.kept else None
                 bonus = text.tokens[text.length + judged.accepted]
                 text.control.settle(began, judged.kept, judged.accepted, None if dropped is None else dropped == bonus)
+                text.brought = tuple(text.tokens[text.length : text.length + judged.accepted + 1])
                 text.length += judged.accepted + 1
             for text in active:
                 if text.length >= len(text.tokens):
@@ -143,39 +147,54 @@ def _drafts(
     active: Sequence[_EvaluatedText],
     entropy: Sequence[Sequence[float]] | None,
     *,
-    optimistic: bool,
+    outcomes: int,
     form: HiddenFormat,
 ) -> list[tuple[_EvaluatedText, Draft, DraftRound, bool]]:
     """Return each text's draft, its round, and whether it was made ahead."""
     asked: list[tuple[_EvaluatedText, DraftRequest]] = []
-    made_ahead: list[tuple[_EvaluatedText, Draft, DraftRound, bool]] = []
+    prepared: list[tuple[_EvaluatedText, DraftRequest, Draft]] = []
     for text in active:
         committed = text.tokens[: text.length]
-        ahead, text.ahead = text.ahead, None
-        if ahead is not None and ahead[0] == committed and ahead[1].tokens:
-            made_ahead.append((text, *ahead[1:], True))
+        parameters = sampling(text.text.origin, text.text.temperature)
+        if (ahead := text.prepared.get(text.brought)) is not None:
+            prepared.append((text, DraftRequest(text.name, committed, parameters, ahead.round, names), ahead.draft))
             continue
         target_entropy = entropy[text.index][text.length - 2] if entropy is not None else None
         began = text.control.begin(text.room, text.text.temperature, target_entropy)
-        parameters = sampling(text.text.origin, text.text.temperature)
         states = text.states(source.starts_at(text.name, text.length), form)
         asked.append((text, DraftRequest(text.name, committed, parameters, began, names, states)))
-    proposed = list(zip(asked, source.propose([request for _, request in asked]), strict=True))
-    if optimistic:
-        _draft_ahead(source, [(text, request, draft) for (text, request), draft in proposed])
-    return [(text, draft, request.round, False) for (text, request), draft in proposed] + made_ahead
+    answers = source.propose([request for _, request in asked])
+    proposed = [(text, request, draft) for (text, request), draft in zip(asked, answers, strict=True)]
+    if outcomes:
+        _prepare(source, [*proposed, *prepared], outcomes, form)
+    return [
+        (text, draft, request.round, ahead)
+        for made, ahead in ((proposed, False), (prepared, True))
+        for text, request, draft in made
+    ]
 
 
-def _draft_ahead(source: DraftSource, drafted: Sequence[tuple[_EvaluatedText, DraftRequest, Draft]]) -> None:
-    asked = []
-    for text, request, draft in drafted:
-        room = text.room - len(draft.tokens) - 1
-        if room > 0 and not text.control.decodes_plainly:
-            began = text.control.ahead(room, text.text.temperature)
-            asked.append((text, (replace(request, round=began, states=None), draft)))
-    for (text, (request, draft)), ahead in zip(asked, source.ahead([pair for _, pair in asked]), strict=True):
-        if ahead is not None:
-            text.ahead = ([*request.tokens, *draft.tokens, ahead.bonus], ahead.draft, request.round)
+def _prepare(
+    source: DraftSource,
+    flying: Sequence[tuple[_EvaluatedText, DraftRequest, Draft]],
+    outcomes: int,
+    form: HiddenFormat,
+) -> None:
+    """Prepare the texts' next drafts, as a drafter does while these are in flight."""
+    asked: list[tuple[_EvaluatedText, AheadRequest]] = []
+    for text, request, draft in flying:
+        text.prepared = {}
+        if not text.control.decodes_plainly:
+            states = text.states(source.starts_at(text.name, text.length), form)
+            begin = partial(_following, text, text.room)
+            asked.append((text, AheadRequest(replace(request, states=states), draft, begin, outcomes)))
+    for (text, _), found in zip(asked, source.ahead([request for _, request in asked]), strict=True):
+        text.prepared = {tuple(one.tokens): one for one in found}
+
+
+def _following(text: _EvaluatedText, room: int, count: int) -> DraftRound:
+    """Return the round after `count` more tokens."""
+    return text.control.ahead(max(0, room - count), text.text.temperature, in_flight=True)
 
 
 def _judge(text: _EvaluatedText, began: DraftRound, draft: Draft, ahead: bool) -> Drafted:
