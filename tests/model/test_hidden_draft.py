@@ -16,7 +16,7 @@ from services.drafter.control import Controller, DraftRound, DraftToken
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.forward import Floats
-from services.drafter.sources import AheadRequest, Draft, DraftRequest, PreparedDraft, States
+from services.drafter.sources import AheadRequest, Draft, DraftRequest, PreparedDraft, States, hidden
 from services.drafter.sources.hidden import HiddenDrafts
 from services.drafter.sources.model import _statistics_on_device
 from services.drafter.sources.statistics import row_statistics
@@ -572,12 +572,35 @@ def test_preparing_ends_when_it_is_no_longer_wanted(fresh: Callable[..., HiddenD
     source = fresh()
     asked = request("a", tokens_of("a", 20))
     made = source.propose([asked])[0]
-    answers = [True] * 8
+    answers = [True] * 16
     one_step = AheadRequest(asked, made, lambda _: round_of(4), 3, lambda: bool(answers and answers.pop()))
     (found,) = source.ahead([one_step])
     assert found
     assert {len(draft.draft.tokens) for draft in found} < {1, 2, 3}, "shorter drafts than asked for"
     assert source.ahead([replace(one_step, wanted=lambda: False)]) == [[]]
+
+
+@pytest.mark.parametrize("asked_before", [1, 2, 3, 5])
+def test_preparing_ends_before_its_drafts_begin(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch, asked_before: int
+) -> None:
+    """Copied tokens have to be computed first, and likely outcomes chosen: other sessions' drafts wait for neither."""
+    source = fresh()
+    asked = request("a", tokens_of("a", 20), 1)
+    made = source.propose([asked])[0]
+    copied = replace(made, tokens=[*made.tokens, *tokens_of("copied", 12)])
+    asked = replace(asked, round=round_of(len(copied.tokens)))
+    for _ in copied.tokens:
+        asked.round.add(DraftToken("hidden", 0.5))
+    work: list[int] = []
+    forward, choose_likely = source._engine.forward, hidden.likely_choices
+    monkeypatch.setattr(source._engine, "forward", lambda steps: work.append(1) or forward(steps))
+    monkeypatch.setattr(hidden, "likely_choices", lambda *args: work.append(1) or choose_likely(*args))
+    answers = [True] * asked_before
+    one_call = AheadRequest(asked, copied, lambda _: round_of(4), 3, lambda: bool(answers and answers.pop()))
+    assert source.ahead([one_call]) == [[]]
+    assert len(work) < asked_before
+    assert source.ahead([replace(one_call, wanted=lambda: True)]) != [[]], "what was computed is of use later"
 
 
 def test_preparing_evicts_no_session(fresh: Callable[..., HiddenDrafts]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -187,11 +186,7 @@ class HiddenDrafts:
             for one in requests
         ]
         complete = self._complete(requests, flying)
-        chosen = [
-            (i, outcome)
-            for i, outcomes in zip(complete, self._outcomes([requests[i] for i in complete]), strict=True)
-            for outcome in outcomes
-        ]
+        chosen = [(i, outcome) for i in complete for outcome in self._outcomes(requests[i])]
         drafts: list[DraftInProgress] = []
         prepared: list[list[PreparedDraft]] = [[] for _ in requests]
         try:
@@ -233,7 +228,9 @@ class HiddenDrafts:
         for i in self._forward(flying, steps):
             flying[i].session.seen = len(requests[i].request.tokens)
             alive.add(i)
-        while behind := {i: step for i in alive if (step := self._behind(flying[i])) is not None}:
+        while behind := {
+            i: step for i in alive if requests[i].wanted() and (step := self._behind(flying[i])) is not None
+        }:
             alive -= behind.keys() - self._forward(flying, behind)
         # A later session's step may have evicted an earlier one.
         return sorted(
@@ -243,28 +240,25 @@ class HiddenDrafts:
             == len(flying[i].request.tokens)
         )
 
-    def _outcomes(self, requests: Sequence[AheadRequest]) -> list[list[Outcome]]:
-        """Return the likely outcomes of each round in flight."""
-        places = [(one, count) for one in requests for count in range(len(one.draft.tokens) + 1)]
-        if not places:
+    def _outcomes(self, one: AheadRequest) -> list[Outcome]:
+        """Return the likely outcomes of a round in flight; none once they are no longer wanted."""
+        request, drafted = one.request, one.draft.tokens
+        session = self._sessions[request.session_id]
+        if not one.wanted():
             return []
-        estimates = [
-            self._sessions[one.request.session_id].estimates[len(one.request.tokens) + count - 1]
-            for one, count in places
-        ]
+        last = len(request.tokens) - 1
+        estimates = [session.estimates[last + count] for count in range(len(drafted) + 1)]
         choices = []
-        for logits, (one, count) in zip(self._engine.logits(np.stack(estimates)), places, strict=True):
-            request = one.request
-            draft = DraftInProgress(request, self._sessions[request.session_id], one.draft.tokens[:count])
+        for count, logits in enumerate(self._engine.logits(np.stack(estimates))):
+            # With a large vocabulary, the choices of a place take as long as a draft step.
+            if not one.wanted():
+                return []
+            draft = DraftInProgress(request, session, drafted[:count])
             choices.append(
                 # One more, since a rejected token is no choice.
                 likely_choices(logits, request.sampling, draft.position, self._columns, one.most + 1, draft.processor())
             )
-        found, rest = [], iter(choices)
-        for one in requests:
-            own = list(islice(rest, len(one.draft.tokens) + 1))
-            found.append(likely_outcomes(one.draft.tokens, one.request.round.acceptance, own, one.most))
-        return found
+        return likely_outcomes(drafted, request.round.acceptance, choices, one.most)
 
     def _branch(self, one: AheadRequest, session: _HiddenSession, outcome: Outcome, number: int) -> DraftInProgress:
         """Return a draft after an outcome, in a branch of the session's KV."""
