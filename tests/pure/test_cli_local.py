@@ -268,6 +268,19 @@ def test_doctor_names_the_installed_server(tmp_path: Path) -> None:
         assert doctor._redis_version(program) == name
 
 
+def test_doctor_checks_the_target_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name, state in (("empty", "missing"), ("nowhere", "missing"), ("model.gguf", "ok")):
+        monkeypatch.setenv("WISP_TARGET", str(tmp_path / name))
+        found = next(doctor._models())
+        assert (found.part, found.state) == ("target", state)
+        assert str(tmp_path / name) in found.found
+        assert [*doctor._drafts()] == [], "of a target that cannot be used, the draft is no matter"
+    monkeypatch.delenv("WISP_TARGET")
+    assert "target" not in {one.part for one in doctor._models()}
+
+
 async def test_doctor_reports_a_given_server_that_does_not_answer() -> None:
     (port,) = free_ports(1)
     given = BrokerAddresses(amqp_url=f"amqp://me:secret@127.0.0.1:{port}/", redis_url=f"redis://127.0.0.1:{port}/0")

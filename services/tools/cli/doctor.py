@@ -35,7 +35,7 @@ from services.tools.local.folder import running_suites, state_folder
 from services.tools.local.machine import Machine, container_engine, inspect_machine, version_in
 from services.tools.local.ports import LOOPBACK, is_free
 from services.tools.local.service_commands import cores
-from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
+from services.tools.local.settings import BrokerAddresses, LocalSettings
 from services.tools.local.target import models_folder
 from shared.broker.connection import addresses as amqp_addresses
 from shared.broker.topology import pool_in_words
@@ -347,6 +347,9 @@ def _models() -> Iterator[Finding]:
     from shared.models.folder import AUTO, ModelFolder
     from shared.models.prepare import PACKAGED, validate
 
+    wanted = LocalSettings().target
+    if wanted not in PACKAGED:
+        yield _named_target(wanted)
     for name, packaged in PACKAGED.items():
         folder = models_folder() / name
         try:
@@ -357,7 +360,7 @@ def _models() -> Iterator[Finding]:
                 continue
             packaged.locate()
         except ModelError as error:
-            state: State = "missing" if name == DEFAULT_TARGET else "note"
+            state: State = "missing" if name == wanted else "note"
             yield Finding(f"model {name}", state, str(error), "type: make setup, or: wisp models prepare")
         else:
             yield Finding(
@@ -368,15 +371,42 @@ def _models() -> Iterator[Finding]:
             )
 
 
+def _named_target(target: str) -> Finding:
+    """Check the target that WISP_TARGET names beside the packaged models."""
+    from shared.models.folder import ModelFolder
+    from shared.models.gguf_file import is_gguf
+    from shared.models.prepare import validate
+    from shared.twin.folder import TwinFolder
+    from shared.twin.layout import is_twin
+
+    part, path = "target", Path(target)
+    try:
+        if is_gguf(path):
+            return Finding(part, "ok", f"{short(path)}, which the first run converts")
+        if is_twin(path):
+            TwinFolder.open(path)
+        else:
+            validate(ModelFolder(path))
+    except ModelError as error:
+        return Finding(part, "missing", str(error), "WISP_TARGET names it: name another, or unset WISP_TARGET")
+    return Finding(part, "ok", f"{short(path)}, which WISP_TARGET names")
+
+
 def _drafts() -> Iterator[Finding]:
-    """Check whether the default target has a draft model."""
+    """Check whether the target has a draft model."""
     if importlib.util.find_spec("tokenizers") is None:
         return
     from services.drafter.hidden.card import shipped_for
     from shared.models.folder import ModelFolder
+    from shared.models.prepare import PACKAGED
+    from shared.twin.layout import is_twin
 
+    wanted = LocalSettings().target
+    folder = models_folder() / wanted if wanted in PACKAGED else Path(wanted)
+    if is_twin(folder):
+        return  # it has drafts of its own
     try:
-        target = ModelFolder(models_folder() / DEFAULT_TARGET)
+        target = ModelFolder(folder)
         found = shipped_for(target)
     except ModelError:
         return  # reported with the model
