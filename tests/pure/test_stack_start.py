@@ -98,6 +98,16 @@ async def test_services_with_an_old_address_are_started_again(
     assert commands == [(service, url) for url in (OLD, REAL) for service in ("scheduler", "estimator")]
 
 
+async def test_services_that_are_about_to_give_up_are_started_again(
+    announced: type[AnnouncedBrokers], commands: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that waits no longer for RabbitMQ lives until its end is complete."""
+    monkeypatch.setattr("services.tools.local.stack.CONNECT_TIMEOUT_S", 0.1)
+    async with light() as stack:
+        assert [process.name for process in stack.processes()] == ["scheduler-1", "estimator-1"]
+    assert commands == [("scheduler", REAL), ("estimator", REAL)] * 2
+
+
 async def test_services_that_gave_up_are_started_again(
     announced: type[AnnouncedBrokers], commands: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

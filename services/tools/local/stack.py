@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -24,6 +25,7 @@ from services.tools.local.progress import Progress
 from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_ORDER, ServiceCommands, Serving
 from services.tools.local.service_settings import refuse_bad_settings
 from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
+from shared.broker.client import CONNECT_TIMEOUT_S
 from shared.errors import WispError
 from shared.runtime.settings import AMQP_EXAMPLE, REDIS_EXAMPLE
 
@@ -161,17 +163,19 @@ class Stack:
     async def _start_brokers(self) -> None:
         """Start the brokers and, as soon as their addresses are known, the services, which load meanwhile.
 
-        A service ends if the brokers take longer than it waits for them. If one has ended, or if an address has
-        changed, all services are discarded, and `_start_all` starts them again.
+        A service ends if the brokers take longer than it waits for them. If one has ended or may be about to, or if an
+        address has changed, all services are discarded, and `_start_all` starts them again.
         """
         starting = asyncio.ensure_future(self.brokers.start())
         addressed = asyncio.ensure_future(self.brokers.until_addressed())
         given: tuple[str, str] | None = None
+        launched_s = 0.0
         try:
             await asyncio.wait({starting, addressed}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 self._commands = self._make_commands()
                 given = self._commands.amqp_url, self._commands.redis_url
+                launched_s = time.monotonic()
                 for service in self._wanted():
                     await self._launch(service, {})
             await starting
@@ -183,7 +187,9 @@ class Stack:
         finally:
             addressed.cancel()
         ended = not all(process.alive for _, process in self._processes)
-        if ended or given != (self.brokers.amqp_url, self.brokers.redis_url):
+        # One that has given up lives until its end is complete.
+        late = time.monotonic() - launched_s > CONNECT_TIMEOUT_S / 2
+        if ended or late or given != (self.brokers.amqp_url, self.brokers.redis_url):
             await self._discard_all()
 
     async def _discard_all(self) -> None:
