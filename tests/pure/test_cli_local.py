@@ -26,6 +26,7 @@ from services.drafter.sources.registry import SOURCES
 from services.tools.cli import doctor, suite_observer
 from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.cli.core.suite_watch import SuiteWatch
+from services.tools.cli.demo import busy_note
 from services.tools.cli.main import app
 from services.tools.cli.stack_options import ServingChoice, draft_sources
 from services.tools.cli.suite_address import SuiteAddress
@@ -69,6 +70,11 @@ def test_services_get_the_stacks_brokers_names_and_model() -> None:
     assert environment["WISP_INSTANCE"] == "drafter-1"
     assert environment["WISP_TARGET"] == "/models/target"
     assert environment["PATH"] == "/bin"
+
+
+def test_the_demonstration_says_that_the_machine_was_busy() -> None:
+    assert busy_note(1.9, 2) == ""
+    assert busy_note(7.24, 2).startswith("Other programs kept this machine's 2 cores busy (load 7.2)")
 
 
 def test_services_inherit_the_users_settings_except_those_of_one_process() -> None:

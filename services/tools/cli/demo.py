@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,18 @@ async def demo(url: str, console: Console, rounds: bool = False, key: str | None
         raise WispError(f"{url}: {reason_of(error)}. The gateway's /ready reports what is missing.") from error
 
 
+def busy_note(load: float, cores: int) -> str:
+    """Return what to say of speeds measured on a machine with this load average; nothing if a core was free."""
+    if load < cores:
+        return ""
+    return (
+        f"Other programs kept this machine's {cores} cores busy (load {load:.1f}): the speeds are lower than on a "
+        "quiet machine, most of all those with drafts."
+    )
+
+
 async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
+    busy = busy_note(os.getloadavg()[0], os.cpu_count() or 1)
     async with opened as client:
         model = await first_model(client)
         painter = Painter(console)
@@ -101,6 +113,8 @@ async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
         if difference := with_drafts.difference(without):
             problem = f"  {question.title}, with drafts and without: {difference}"
             console.print(Text(problem, "red"), soft_wrap=True)
+    if busy:
+        console.print(Text(busy, "yellow"), soft_wrap=True)
     identical = not any(one.difference(other) for one, other in zip(drafted, plain, strict=True))
     console.print(
         Text.assemble("identical to plain decoding: ", ("yes", "bold green") if identical else ("no", "bold red"))
