@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 
 import aio_pika
 import builders
@@ -88,12 +87,15 @@ async def test_a_long_prompt_in_chunks_beside_short_ones(
     # Asked for the first time here: a verifier that had its KV would compute no chunks.
     # The others are promised a speed, which a whole prompt in one batch would break.
     slo = {"x-slo-ttft-ms": "1500", "x-slo-tpot-ms": "300"}
-    answer, *others = await asyncio.gather(
-        client.ask(long, "lookup"), *(client.ask(case, "lookup", slo) for case in cases[:6])
-    )
-    chunks = Counter(result.session for result in traffic.results if result.status is Status.PREFILLED)
-    assert max(chunks.values(), default=0) >= 2, "the other prompts are too short for two chunks"
-    assert others == [case.tokens for case in cases[:6]]
+    asked = asyncio.create_task(client.ask(long, "lookup"))
+    others: list[list[int]] = []
+    while not others or not asked.done():
+        # Their answers are short: on a fast machine one set of them may be over after the first chunk.
+        others += await asyncio.gather(*(client.ask(case, "lookup", slo) for case in cases[:6]))
+    answer = await asked
+    parts = [one for one in traffic.results if one.status is Status.PREFILLED and one.base_len == len(long.prompt)]
+    assert parts, "the long prompt was computed in one batch"
+    assert others == [case.tokens for case in cases[:6]] * (len(others) // 6)
     assert answer == await client.ask(long, "none")
 
 
