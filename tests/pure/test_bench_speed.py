@@ -56,6 +56,17 @@ def test_speed_counts_the_whole_request_and_the_stop_token() -> None:
     assert timed(FAST, "none", 0.5, first_tokens=4).later_speed is None
 
 
+def test_plain_decoding_is_compared_with_the_engine_alone() -> None:
+    alone = [timed(FAST, "engine", 3.9, summary={}), timed(SLOW, "engine", 3.0, first_s=0.25, summary={})]
+    assert speed.plain_verdict(RUN) is None
+    verdict = speed.plain_verdict([*RUN, *alone])
+    # Whole requests: 3.9 / 4 and 3 / 4. After the first token: 3.4 / 3.5 and 2.75 / 3.5.
+    assert verdict is not None
+    assert verdict.startswith("without drafts: 0.86 times as fast as the engine")
+    assert "0.88 times after the first token" in verdict
+    assert verdict.endswith("(aim: 0.97, missed)")
+
+
 def test_ratios_compare_the_same_case() -> None:
     assert speed.ratios(RUN, "auto", "none") == {FAST: 2.0, SLOW: 0.8, ODD: 1.0}
     assert speed.ratios(RUN, "auto", "generate") == {FAST: 0.5, SLOW: 0.2}
@@ -86,7 +97,8 @@ def test_the_verdict_names_missed_aims() -> None:
     assert verdict.endswith("0.35 times generate")
     good = [replace(one, total_s=1.0) if one.arm == "auto" else one for one in RUN]
     assert "missed" not in speed.verdict(good, "auto", [])
-    assert "transformers" not in speed.verdict(good, "auto", [])
+    assert "in one process" in verdict
+    assert "in one process" not in speed.verdict(good, "auto", [])
 
 
 def test_another_token_or_finish_reason_is_a_difference() -> None:
@@ -107,7 +119,7 @@ def test_agreement_is_the_length_of_the_common_prefix() -> None:
 
 def test_agreement_with_transformers_is_reported_and_fails_nothing() -> None:
     (line,) = speed.agreements(RUN)
-    assert line == "generate: the suite's greedy completion in 1 of 2 answers; the others differ after 3 to 3 tokens"
+    assert line == "generate: the suite's completion in 1 of 2 compared answers; the others differ after 3 to 3 tokens"
     assert speed.agreements(RUN[:2]) == []
 
 

@@ -10,6 +10,7 @@ from services.tools.bench import gateway
 from services.tools.bench.rounds.__main__ import WARM_UP_ROUNDS, measure, outside_model
 from services.tools.bench.stream.cases import cases
 from services.tools.bench.stream.core import speed
+from services.tools.bench.stream.engine_arm import EngineArm
 from services.tools.bench.stream.measurement import BLOCK, StreamPlan, TimedSuite
 from services.tools.local.brokers import Brokers
 from services.tools.local.progress import Progress
@@ -27,6 +28,7 @@ async def test_requests_are_timed_and_equal_with_and_without_drafts(stack: Stack
     async with AsyncOpenAI(base_url=stack.url, api_key="none", max_retries=0) as client:
         suite = TimedSuite(client, plan, 0.0)
         timed = []
+        engine = EngineArm(stack.target, plan.dtype, plan.threads, plan.cache_tokens)
         for case in asked:
             for arm in plan.arms:
                 one, answer = await suite.ask(case, arm, TOKENS)
@@ -35,6 +37,9 @@ async def test_requests_are_timed_and_equal_with_and_without_drafts(stack: Stack
                 assert len(answer.rounds) == one.summary["rounds"]
                 assert sum(made.verify_ms for made in answer.rounds) > 0
                 timed.append(one)
+            alone = engine.generate(speed.ENGINE, case.prompt_ids, one.made, case.temperature, case.seed)
+            assert alone.tokens[: len(one.tokens)] == one.tokens, "the engine alone gives the suite's text"
+            assert 0 < alone.first_s < alone.total_s
     assert speed.differences(timed) == []
     assert [one.made for one in timed if one.arm == "none"] == [
         one.summary["rounds"] for one in timed if one.arm == "none"

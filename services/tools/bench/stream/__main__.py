@@ -1,10 +1,11 @@
-"""`wisp bench stream`: one stream through the whole suite, drafts against plain decoding and transformers' `generate`.
+"""`wisp bench stream`: one stream through the whole suite, drafts against plain decoding and models in one process.
 
 Five services, both brokers and HTTP are real; only the distance is emulated. Relays before RabbitMQ and Redis emulate a
 delay between the drafter and the rest (`services.tools.bench.support.relay`). Plain decoding goes through the same
 drafter, so it has the delay too. Each prompt is sent with each arm in turn, in alternating order, so that a drift of
-the machine cancels out. Then transformers computes the same number of tokens on as many threads, while the suite is
-idle. Its times count from the tokenized prompt, ours from the HTTP request.
+the machine cancels out. Then the target's engine and transformers' `generate` compute the same number of tokens in this
+process on as many threads, while the suite is idle. Their times count from the tokenized prompt, ours from the HTTP
+request.
 
 No arm may profit from a prompt that the arm before left in the verifier's prefix cache. So the cache is small, and
 before each prompt that is long enough to be shared (a block of 64 tokens), another request fills the cache.
@@ -21,6 +22,7 @@ from rich.console import Console
 from services.drafter.sources.registry import CHOICES
 from services.tools.bench.stream.cases import cases, kinds_of_text
 from services.tools.bench.stream.core import speed
+from services.tools.bench.stream.generated import InProcessModel
 from services.tools.bench.stream.measurement import SampleAnswer, StreamMeasurement, StreamPlan
 from services.tools.bench.support.options import (
     DtypeOption,
@@ -65,6 +67,10 @@ class StreamReport:
             console.print(table(f"{delay_ms:g} ms added, {arm} by kind of text", columns, rows))
         console.print(f"{sample.timed.case.name}, drafts {sample.timed.arm}:", highlight=False)
         Painter(console).draw_rounds(sample.answer.rounds)
+        plain = speed.plain_verdict([*here, *self._measurement.rivals]) if delay_ms == plan.delays[0] else None
+        if plain is not None:
+            self.verdicts.append(f"{delay_ms:g} ms added, {plain}.")
+            console.print(self.verdicts[-1], highlight=False, soft_wrap=True)
         for arm in plan.arms[1:]:
             rival_arms = list(dict.fromkeys(one.arm for one in self._measurement.rivals))
             verdict = speed.verdict([*here, *self._measurement.rivals], arm, rival_arms)
@@ -130,7 +136,9 @@ def main(
     drafts: Annotated[
         str, typer.Option(help="Draft sources to compare with none; auto leaves the choice to the drafter.")
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the verifier, and of transformers.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads of the verifier, and of the models in this process.")
+    ] = 1,
     target: TargetOption = None,
     dtype: DtypeOption = AUTO,
     rivals: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")] = True,
@@ -168,12 +176,15 @@ def main(
 
 def _measure(plan: StreamPlan, rivals: bool, console: Console) -> bool:
     """Measure and report; return whether all completions of a case are the same."""
-    rival = None
+    # Imported here, because torch takes seconds to load.
+    from services.tools.bench.stream.engine_arm import EngineArm
+
+    models: list[InProcessModel] = [EngineArm(plan.target, plan.dtype, plan.threads, plan.cache_tokens)]
     if rivals:
         from services.tools.bench.stream.transformers_arms import TransformersArms
 
-        rival = TransformersArms(plan.target, plan.dtype, plan.threads)
-    measurement = StreamMeasurement(plan, rival, ConsoleProgress(console))
+        models.append(TransformersArms(plan.target, plan.dtype, plan.threads))
+    measurement = StreamMeasurement(plan, models, ConsoleProgress(console))
     report = StreamReport(measurement, console)
 
     async def work() -> bool:

@@ -1,20 +1,20 @@
-"""The measurement of the stream benchmark: one request at a time, to a running stack and to transformers in turn."""
+"""The measurement of the stream benchmark: one request at a time, to a running stack and to other models in turn."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING
 
 from openai import AsyncOpenAI
 
 from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.core.speed import Case, TimedRequest
+from services.tools.bench.stream.generated import InProcessModel
 from services.tools.bench.support.relay import delayed
 from services.tools.cli.ask import ClientAnswer, ask, client_at
 from services.tools.local.brokers import Brokers
@@ -23,9 +23,6 @@ from services.tools.local.namespace import delete_namespace
 from services.tools.local.progress import Progress, ProgressStep
 from services.tools.local.stack import Stack
 from shared.kernels.layout import BLOCK
-
-if TYPE_CHECKING:
-    from services.tools.bench.stream.transformers_arms import TransformersArms
 
 SMALLEST_CACHE = 1024
 """Tokens that the verifier's start-up profile needs."""
@@ -99,13 +96,13 @@ class TimedSuite:
 class StreamMeasurement:
     """The measurement over all delays, and the answers so far."""
 
-    def __init__(self, plan: StreamPlan, rival: TransformersArms | None, progress: Progress) -> None:
+    def __init__(self, plan: StreamPlan, rivals: Sequence[InProcessModel], progress: Progress) -> None:
         self.plan = plan
         self.timed: list[TimedRequest] = []
         self.rivals: list[TimedRequest] = []
-        """transformers' answers, measured with the first delay."""
+        """Answers of the models in this process, measured with the first delay."""
         self.servers: dict[str, str] = {}
-        self._rival = rival
+        self._models = rivals
         self._progress = progress
 
     async def run(self, show: Callable[[float, SampleAnswer], None]) -> None:
@@ -143,12 +140,12 @@ class StreamMeasurement:
         """Send all requests; return one drafted answer."""
         plan = self.plan
         kinds = len({case.kind for case in plan.cases})
-        rival = None if self.rivals else self._rival
+        models = () if self.rivals else self._models
         sample: SampleAnswer | None = None
         async with client_at(stack.url) as client:
             suite = TimedSuite(client, plan, delay_ms)
             with self._progress.step(f"measuring with {delay_ms:g} ms added") as step:
-                await self._warm_up(suite, rival, step)
+                await self._warm_up(suite, models, step)
                 for number, case in enumerate(plan.cases):
                     step.detail(f"{number + 1} of {len(plan.cases)}: {case.name}")
                     answers: dict[str, TimedRequest] = {}
@@ -158,26 +155,26 @@ class StreamMeasurement:
                         if arm == plan.arms[1] and (sample is None or _worth_drawing(case, plan)):
                             sample = SampleAnswer(answers[arm], answer)
                     self.timed += [answers[arm] for arm in plan.arms]
-                    if rival is not None:
-                        self.rivals += await self._ask_rival(rival, answers[speed.PLAIN], turn)
+                    for model in models:
+                        self.rivals += await self._generate(model, answers[speed.PLAIN], turn)
                 step.done(f"{len(plan.cases)} prompts with {', '.join(plan.arms)}, {delay_ms:g} ms added")
         assert sample is not None
         return sample
 
-    async def _warm_up(self, suite: TimedSuite, rival: TransformersArms | None, step: ProgressStep) -> None:
+    async def _warm_up(self, suite: TimedSuite, models: Sequence[InProcessModel], step: ProgressStep) -> None:
         step.detail("warming up")
         case = replace(self.plan.cases[0], temperature=0.0)
         for arm in self.plan.arms:
             timed, _ = await suite.ask(case, arm, WARM_UP_TOKENS)
-        if rival is not None:
-            await self._ask_rival(rival, timed, 0)
+        for model in models:
+            await self._generate(model, timed, 0)
 
-    async def _ask_rival(self, rival: TransformersArms, ours: TimedRequest, turn: int) -> list[TimedRequest]:
-        from services.tools.bench.stream.transformers_arms import ARMS
-
+    @staticmethod
+    async def _generate(model: InProcessModel, ours: TimedRequest, turn: int) -> list[TimedRequest]:
+        """Let a model in this process generate as many tokens as the suite did."""
         case, answers = ours.case, {}
-        for arm in _alternating(list(ARMS), turn):
-            made = await asyncio.to_thread(rival.generate, arm, case.prompt_ids, ours.made, case.temperature, case.seed)
+        for arm in _alternating(list(model.arms), turn):
+            made = await asyncio.to_thread(model.generate, arm, case.prompt_ids, ours.made, case.temperature, case.seed)
             answers[arm] = TimedRequest(
                 case=case,
                 arm=arm,
@@ -187,9 +184,9 @@ class StreamMeasurement:
                 first_s=made.first_s,
                 first_tokens=made.first_tokens,
                 total_s=made.total_s,
-                agrees=speed.agreement(ours.tokens, made.tokens) if case.temperature == 0 else None,
+                agrees=speed.agreement(ours.tokens, made.tokens) if case.temperature == 0 or model.same_text else None,
             )
-        return [answers[arm] for arm in ARMS]
+        return [answers[arm] for arm in model.arms]
 
 
 def _alternating(arms: list[str], turn: int) -> list[str]:

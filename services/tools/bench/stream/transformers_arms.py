@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,12 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from services.tools.bench.stream.generated import Generated
+
 PLAIN, LOOKUP, ASSISTANT = "generate", "generate, lookup", "generate, assistant"
-ARMS = (PLAIN, LOOKUP, ASSISTANT)
 LOOKUP_TOKENS = 4
 ASSISTANT_LAYERS = 6
 _CONFIG: Any = GenerationConfig
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answer. Seconds count from the call; the prompt is tokenized before."""
-
-    tokens: list[int]
-    first_s: float
-    first_tokens: int
-    """Tokens that arrived together with the first one."""
-    total_s: float
 
 
 class _FirstTokenTimer(BaseStreamer):
@@ -60,6 +49,9 @@ class _FirstTokenTimer(BaseStreamer):
 
 class TransformersArms:
     """The target model in transformers, and the assistant. Takes one call at a time."""
+
+    arms = (PLAIN, LOOKUP, ASSISTANT)
+    same_text = False
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
         quiet: Any = transformers.utils.logging

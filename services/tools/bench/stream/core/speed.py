@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 PLAIN = "none"
 """The suite without drafts: the base of all ratios."""
+ENGINE = "engine"
+"""The engine in the benchmark's process, without the suite."""
 AIM = 1.3
 """Lowest ratio to plain decoding, over all requests."""
 AIM_WORST = 0.95
 """Lowest ratio to plain decoding of a kind of text."""
+AIM_PLAIN = 0.97
+"""Lowest ratio of plain decoding to the engine alone."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,9 @@ class TimedRequest:
     """Tokens that arrived together with the first one."""
     total_s: float
     summary: dict[str, float] = field(default_factory=dict)
-    """The gateway's summary; empty for transformers."""
+    """The gateway's summary; empty for models in this process."""
     agrees: int | None = None
-    """Length of the prefix that equals the suite's completion, for greedy answers of transformers."""
+    """Length of the prefix that equals the suite's completion, for answers of other models that may be the same."""
 
     @property
     def made(self) -> int:
@@ -198,8 +202,25 @@ def verdict(timed: Sequence[TimedRequest], arm: str, rivals: Sequence[str]) -> s
     against = [(rival, ratios(timed, arm, rival)) for rival in rivals]
     compared_with = [f"{median(found.values()):.2f} times {rival}" for rival, found in against if found]
     if compared_with:
-        sentence += f"; against transformers, which has no network in between: {', '.join(compared_with)}"
+        sentence += f"; against models in one process, without a network: {', '.join(compared_with)}"
     return sentence
+
+
+def plain_verdict(timed: Sequence[TimedRequest]) -> str | None:
+    """Compare plain decoding through the suite with the engine alone, in a sentence; None if it was not measured."""
+    if not (compared := ratios(timed, PLAIN, ENGINE)):
+        return None
+    overall = median(compared.values())
+    later = {one.case: one.later_speed for one in timed if one.arm == ENGINE}
+    after_first = median(
+        one.later_speed / alone
+        for one in timed
+        if one.arm == PLAIN and one.later_speed is not None and (alone := later.get(one.case)) is not None
+    )
+    return (
+        f"without drafts: {overall:.2f} times as fast as the engine in one process, {after_first:.2f} times after the "
+        f"first token (aim: {AIM_PLAIN:g}{_missed(overall, AIM_PLAIN)})"
+    )
 
 
 def differences(timed: Iterable[TimedRequest]) -> list[str]:
@@ -219,7 +240,7 @@ def differences(timed: Iterable[TimedRequest]) -> list[str]:
 
 
 def agreements(timed: Iterable[TimedRequest]) -> list[str]:
-    """Return, for each arm of transformers, how many greedy answers equal the suite's completion."""
+    """Return, for each other model, how many comparable answers equal the suite's completion."""
     compared = [one for one in timed if one.agrees is not None]
     sentences = []
     for arm in dict.fromkeys(one.arm for one in compared):
@@ -227,7 +248,7 @@ def agreements(timed: Iterable[TimedRequest]) -> list[str]:
         differing = sorted(one.agrees or 0 for one in mine if (one.agrees or 0) < len(one.tokens))
         where = f"; the others differ after {differing[0]} to {differing[-1]} tokens" if differing else ""
         sentences.append(
-            f"{arm}: the suite's greedy completion in {len(mine) - len(differing)} of {len(mine)} answers{where}"
+            f"{arm}: the suite's completion in {len(mine) - len(differing)} of {len(mine)} compared answers{where}"
         )
     return sentences
 
