@@ -77,7 +77,7 @@ ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 NAME = "load"
 
 IGNORED_BY_CROSSOVER = (
-    "arms", "first", "most", "tolerance", "repeat", "search", "warm_up", "measured", "drain", "workload", "requests",
+    "arms", "first", "most", "tolerance", "search", "warm_up", "measured", "drain", "workload", "requests",
     "write_requests", "url", "pools", "target_profile", "acceptance", "trace",
 )  # fmt: skip
 
@@ -129,7 +129,8 @@ def main(
         )
         if crossover:
             counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, MOST_SESSIONS - 1)
-            bench = CrossoverBench(crossover_workload(tokens, seed), counts, settings(), ConsoleProgress(console))
+            asked = crossover_workload(tokens, seed)
+            bench = CrossoverBench(asked, counts, repeat, settings(), ConsoleProgress(console))
             run(bench.run)
             bench.report(machine(), "crossover" if name == NAME else name, console)
             return

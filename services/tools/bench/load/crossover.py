@@ -3,8 +3,9 @@
 The crossover is the number of streams from which on forced drafts no longer pay.
 
 Drafts are forced on a suite of its own, whose drafter sends four tokens in each round and whose scheduler has neither
-runs nor trimming. The other two ways share a suite. All ways answer the same requests. Each prompt is sent once before,
-so that the streams start together with its blocks in the prefix cache.
+runs nor trimming. The other two ways share a suite and take turns, in another order with each repetition; the median
+counts. All ways answer the same requests. Each prompt is sent once before, so that the streams start together with its
+blocks in the prefix cache.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -66,10 +68,14 @@ def workload(tokens: int, seed: int | None) -> Workload:
 class CrossoverBench:
     """The measurement, and its times per token so far."""
 
-    def __init__(self, asked: Workload, sessions: Sequence[int], settings: ArmSettings, progress: Progress) -> None:
+    def __init__(
+        self, asked: Workload, sessions: Sequence[int], repeats: int, settings: ArmSettings, progress: Progress
+    ) -> None:
+        """repeats: measurements of each way with each number of streams."""
         self.curves: dict[str, dict[int, float]] = {way: {} for way in WAYS}
         self._asked = asked
         self._sessions = sessions
+        self._repeats = repeats
         self._settings = settings
         self._progress = progress
 
@@ -95,11 +101,15 @@ class CrossoverBench:
                 requests = [self._asked.request(session, first_number(n, 0)) for session in range(n)]
                 with self._progress.step(f"{n} streams") as step:
                     await _ask_all(client, [one.model_copy(update={"max_tokens": 1}) for one in requests])
+                    measured: dict[str, list[float]] = {way: [] for way in ways}
+                    for repetition in range(self._repeats):
+                        for way in ways if repetition % 2 == 0 else ways[::-1]:
+                            step.detail(f"drafts {way}")
+                            draft = PLAIN if way == PLAIN else ""
+                            asked = [one.model_copy(update={"draft": draft}) for one in requests]
+                            measured[way].append(ms_per_token(await _ask_all(client, asked)))
                     for way in ways:
-                        step.detail(f"drafts {way}")
-                        draft = PLAIN if way == PLAIN else ""
-                        found = await _ask_all(client, [one.model_copy(update={"draft": draft}) for one in requests])
-                        self.curves[way][n] = ms_per_token(found)
+                        self.curves[way][n] = median(measured[way])
                     shown = ", ".join(f"{way} {self.curves[way][n]:.1f}" for way in ways)
                     step.done(f"{n} streams: {shown} ms a token")
 
@@ -107,6 +117,7 @@ class CrossoverBench:
         """Print the table, and write the results and the plot."""
         settings, asked = self._settings, self._asked.request(0, 0)
         facts = facts | {"model": settings.target.name, "dtype": settings.dtype, "tokens": asked.max_tokens}
+        facts["repetitions"] = self._repeats
         columns, rows = columns_and_rows(self.curves)
         console.print(table("time per token by drafts", columns, rows))
         record = {
