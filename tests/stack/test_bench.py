@@ -8,9 +8,9 @@ from openai import AsyncOpenAI
 
 from services.tools.bench import gateway
 from services.tools.bench.rounds.__main__ import WARM_UP_ROUNDS, measure, outside_model
+from services.tools.bench.stream.bare_engine import BareEngine
 from services.tools.bench.stream.cases import cases
 from services.tools.bench.stream.core import speed
-from services.tools.bench.stream.engine_arm import EngineArm
 from services.tools.bench.stream.measurement import BLOCK, StreamPlan, TimedSuite
 from services.tools.local.brokers import Brokers
 from services.tools.local.progress import Progress
@@ -28,7 +28,7 @@ async def test_requests_are_timed_and_equal_with_and_without_drafts(stack: Stack
     async with AsyncOpenAI(base_url=stack.url, api_key="none", max_retries=0) as client:
         suite = TimedSuite(client, plan, 0.0)
         timed = []
-        engine = EngineArm(stack.target, plan.dtype, plan.threads, plan.cache_tokens)
+        engine = BareEngine(stack.target, plan.dtype, plan.threads, plan.cache_tokens)
         for case in asked:
             for arm in plan.arms:
                 one, answer = await suite.ask(case, arm, TOKENS)

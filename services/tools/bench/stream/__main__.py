@@ -177,9 +177,9 @@ def main(
 def _measure(plan: StreamPlan, rivals: bool, console: Console) -> bool:
     """Measure and report; return whether all completions of a case are the same."""
     # Imported here, because torch takes seconds to load.
-    from services.tools.bench.stream.engine_arm import EngineArm
+    from services.tools.bench.stream.bare_engine import BareEngine
 
-    models: list[InProcessModel] = [EngineArm(plan.target, plan.dtype, plan.threads, plan.cache_tokens)]
+    models: list[InProcessModel] = [BareEngine(plan.target, plan.dtype, plan.threads, plan.cache_tokens)]
     if rivals:
         from services.tools.bench.stream.transformers_arms import TransformersArms
 

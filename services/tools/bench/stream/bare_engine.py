@@ -15,7 +15,7 @@ from shared.messages import Sampling
 SESSION = "answer"
 
 
-class EngineArm:
+class BareEngine:
     """The engine that verifiers use, with the same format of weights and as many threads."""
 
     arms = (ENGINE,)
