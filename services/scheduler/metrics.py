@@ -6,6 +6,9 @@ from shared.cost.model import predict_ms, shape_of
 from shared.messages import CostModel, Result
 
 WAITING = Gauge("wisp_num_requests_waiting", "Rounds pending for a batch")
+WITHOUT_ROOM = Gauge(
+    "wisp_scheduler_sessions_without_room", "Sessions that wait for room in a verifier's cache before they begin"
+)
 RUNS = Gauge("wisp_scheduler_runs", "Sessions that verifiers decode without rounds")
 STAND_IN_SESSIONS = Gauge(
     "wisp_scheduler_stand_in_sessions", "Sessions served here without drafts, as no drafter has room for them", ["pool"]

@@ -213,6 +213,7 @@ class Scheduler:
             self._spawn(self._broker.publish(Halt(sessions=session_ids), topology.batch(verifier_id)))
         metrics.RUNS.set(sum(len(state.runs) for state in self._dispatcher.fleet.verifiers.values()))
         metrics.WAITING.set(self._dispatcher.fleet.pending_count)
+        metrics.WITHOUT_ROOM.set(len(self._dispatcher.fleet.waiting))
         metrics.VERIFIERS.set(len(self._dispatcher.fleet.verifiers))
 
     async def _publish_load(self, every_s: float) -> None:

@@ -201,7 +201,7 @@ def test_ended_and_failed_sessions_leave_nothing_behind() -> None:
         {},
         [],
     )
-    assert state.assigned == 0
+    assert state.sessions == {}
 
 
 def ping_pong(d: Dispatcher, count: int, return_ms: float, rounds: int) -> list[int]:
@@ -587,7 +587,7 @@ def test_a_session_of_a_silent_drafter_is_forgotten() -> None:
     assert d.load(1000.0).classes
     d.on_heartbeat(heartbeat(), FORGOTTEN_MS + 51)
     assert d.load(FORGOTTEN_MS + 51).classes == []
-    assert d.fleet.verifiers["v1"].assigned == 0
+    assert d.fleet.verifiers["v1"].sessions == {}
 
 
 def test_a_session_is_in_one_batch_at_a_time_whatever_happens() -> None:

@@ -16,7 +16,6 @@ from services.scheduler.core.load import LoadAverages
 from services.scheduler.core.policies import POLICIES, PolicyOptions, Situation
 from services.scheduler.core.pool import ActiveSession, InFlight, PendingRound, VerifierState
 from services.scheduler.core.verifier_runs import RunningRun
-from shared import cost
 from shared.messages import SILENT_MS, Batch, CostModel, Heartbeat, Job, Load, Result, RunGrant, Status, Verify
 
 LOST_FACTOR = 5.0
@@ -52,7 +51,12 @@ class Dispatcher:
         self.scheduler_id = scheduler_id
         self.rules = rules
         self._policy = POLICIES[rules.policy](rules.options)
-        self.fleet = VerifierFleet(rules.limits.max_wait_ms, migrate=self._policy.plays("migration"), mix=rules.mix)
+        self.fleet = VerifierFleet(
+            rules.limits.max_wait_ms,
+            migrate=self._policy.plays("migration"),
+            mix=rules.mix,
+            hold_back=self._policy.plays("memory"),
+        )
         self._averages = LoadAverages()
         self._batches = 0
         self._return_ms: dict[str, float] = {}
@@ -230,6 +234,7 @@ class Dispatcher:
     def dispatch(self, now_ms: float) -> tuple[list[tuple[str, Batch]], float | None]:
         """Return the batches to send now, each with its verifier's id, and when to call again if nothing happens."""
         self._drop_lost(now_ms)
+        self.fleet.begin_waiting(now_ms)
         sends: list[tuple[str, Batch]] = []
         later: list[float] = []
         for state in self.fleet.verifiers.values():
@@ -293,7 +298,7 @@ class Dispatcher:
         start_ms = now_ms + state.remaining_ms(now_ms)
         soonest = state.soonest_due_ms(self.fleet.sessions, start_ms + self.rules.limits.max_batch_ms)
         runs_due = state.runs_due_ms(self.fleet.sessions, start_ms)
-        promised_ms = runs.tightest_ms(state, self.fleet.sessions.values())
+        promised_ms = runs.tightest_ms(state)
         situation = Situation(state, self.rules.limits, start_ms, soonest, runs_due, promised_ms)
         plan = self._policy.plan(queue, situation)
         if plan.full or static or state.runs:
@@ -306,7 +311,7 @@ class Dispatcher:
     def _commit(self, state: VerifierState, plan: BatchPlan, now_ms: float) -> Batch:
         """Turn a plan into a batch that is in flight."""
         self._batches += 1
-        tightest_ms = runs.tightest_ms(state, self.fleet.sessions.values())
+        tightest_ms = runs.tightest_ms(state)
         batch = Batch(
             batch=f"{self.scheduler_id}-{self._batches}",
             scheduler=self.scheduler_id,
@@ -359,14 +364,12 @@ class Dispatcher:
     def _halt_for(self, session: ActiveSession) -> None:
         """Halt the runs without an SLO of the session's verifier if their steps take longer than it was promised."""
         state = self.fleet.verifiers.get(session.verifier_id or "")
-        if state is None or not state.runs or session.tpot_ms is None:
+        if state is None or not state.runs or not runs.too_long_for(session, state):
             return
-        tightest_ms = runs.tightest_ms(state, [session])
-        if cost.predict_ms(state.model, state.runs.shape) > tightest_ms:
-            active = self.fleet.sessions
-            unpromised = [s for s in state.runs if s in active and active[s].tpot_ms is None]
-            if unpromised:
-                self._halts.setdefault(state.verifier_id, []).extend(unpromised)
+        active = self.fleet.sessions
+        unpromised = [s for s in state.runs if s in active and active[s].tpot_ms is None]
+        if unpromised:
+            self._halts.setdefault(state.verifier_id, []).extend(unpromised)
 
     def _drop_lost(self, now_ms: float) -> None:
         """Remove silent verifiers, lost batches and lost runs; the batches' rounds are pending again."""

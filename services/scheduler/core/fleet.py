@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 from services.scheduler.core import placement
+from services.scheduler.core.kv_room import LATE_TURN, KvRoom, begin_order
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, queued_round
 from shared import cost
@@ -14,44 +16,53 @@ CHANGED = 1.25
 """A verifier's queue is sorted anew when its predicted times have changed by this factor."""
 REMEMBERED = 1000
 """Cost models that are remembered: a verifier that was away is predicted by its own again."""
+MOST_TRIED = 16
+"""Waiting sessions that are tried at once: there may be thousands, and all may be too long for the room there is."""
 
 
 class VerifierFleet:
     """All verifiers and pending rounds.
 
-    Every pending round is in exactly one place: in the queue of a verifier, or unplaced while no verifier may take it.
+    Every pending round is in exactly one place: in the queue of a verifier, unplaced while no verifier may take it, or
+    waiting while no verifier has room for its session's KV.
     """
 
-    def __init__(self, max_wait_ms: float, *, migrate: bool, mix: bool) -> None:
+    def __init__(self, max_wait_ms: float, *, migrate: bool, mix: bool, hold_back: bool = False) -> None:
         """max_wait_ms: see `PendingRound.deadline_ms`. migrate: sessions may leave the verifier that holds their KV.
-        mix: a session may continue in another arithmetic if no verifier has its own."""
+        mix: a session may continue in another arithmetic if no verifier has its own. hold_back: sessions wait for room
+        in a verifier's cache before they begin."""
         self.verifiers: dict[str, VerifierState] = {}
         self.queues: dict[str, RoundQueue] = {}
         self.unplaced: dict[str, PendingRound] = {}
+        self.waiting: dict[str, PendingRound] = {}
+        """First rounds of sessions that wait for room in a verifier's cache."""
         self.sessions: dict[str, ActiveSession] = {}
         self.prompt_rate = 0.0
         """Prompt tokens per millisecond that the verifiers have computed lately."""
         self._max_wait_ms = max_wait_ms
         self._migrate = migrate
         self._mix = mix
+        self._hold_back = hold_back
+        self._began = 0
+        self._may_have_room = False
         self._models: dict[str, CostModel] = {}
         self._sorted_by: dict[str, CostModel] = {}
 
     @property
     def pending_count(self) -> int:
         """Number of pending rounds."""
-        return len(self.unplaced) + sum(len(queue) for queue in self.queues.values())
+        return len(self.unplaced) + len(self.waiting) + sum(len(queue) for queue in self.queues.values())
 
     def pending_rounds(self) -> Iterator[PendingRound]:
         """Iterate over the pending rounds."""
-        yield from self.unplaced.values()
+        yield from chain(self.unplaced.values(), self.waiting.values())
         for queue in self.queues.values():
             for queued in queue.rounds.values():
                 yield queued.pending
 
     def pending_round(self, session_id: str) -> PendingRound | None:
         """Return the session's pending round; None if it has none."""
-        if (pending := self.unplaced.get(session_id)) is not None:
+        if (pending := self.unplaced.get(session_id) or self.waiting.get(session_id)) is not None:
             return pending
         for queue in self.queues.values():
             if (queued := queue.rounds.get(session_id)) is not None:
@@ -59,7 +70,49 @@ class VerifierFleet:
         return None
 
     def add(self, pending: PendingRound, now_ms: float) -> None:
-        """Queue a round at the verifier that suits it best."""
+        """Queue a round at the verifier that suits it best; let its session wait if it begins and none has room."""
+        begins = self._hold_back and self._begins(pending)
+        if begins and self.waiting:
+            # Not before those that wait already.
+            self.waiting[pending.session_id] = pending
+            self._may_have_room = True
+        elif not self._placed(pending, KvRoom(self.queues, now_ms) if begins else None, now_ms):
+            self.waiting[pending.session_id] = pending
+
+    def _begins(self, pending: PendingRound) -> bool:
+        """Return whether no verifier works on a round's session yet, and none has KV of it."""
+        session = self.sessions.get(pending.session_id)
+        placed = session is not None and session.verifier_id is not None
+        return not placed and placement.home(pending, self.verifiers.values()) is None
+
+    def begin_waiting(self, now_ms: float) -> None:
+        """Queue the rounds of the waiting sessions for which there is room now.
+
+        A session that has waited for the longest time lets no others pass: it may be the longest of all.
+        """
+        if not self._may_have_room or not self.waiting:
+            return
+        self._may_have_room = False
+        room = KvRoom(self.queues, now_ms)
+        while self.waiting and self._begin_one(room, now_ms):
+            self._began += 1
+
+    def _begin_one(self, room: KvRoom, now_ms: float) -> bool:
+        late_first = self._began % LATE_TURN == LATE_TURN - 1
+        order = begin_order(self.waiting.values(), now_ms, self._max_wait_ms, late_first=late_first)
+        for pending in islice(order, MOST_TRIED):
+            if self._placed(pending, room, now_ms):
+                del self.waiting[pending.session_id]
+                return True
+            if now_ms - pending.arrived_ms >= self._max_wait_ms:
+                return False
+        return False
+
+    def _placed(self, pending: PendingRound, room: KvRoom | None, now_ms: float) -> bool:
+        """Queue a round, or note that no verifier may take it; return False if its session has to wait for room.
+
+        room: None if the session need not wait.
+        """
         state = placement.place(
             pending,
             self.verifiers.values(),
@@ -68,18 +121,25 @@ class VerifierFleet:
             migrate=self._migrate,
             mix=self._mix,
             prompt_rate=self.prompt_rate,
+            room=room,
         )
+        if state is not None and room is not None:
+            if not room.fits(pending, state):
+                return False
+            room.take(pending, state)
         self._assign(pending.session_id, state)
         if state is None:
             self.unplaced[pending.session_id] = pending
         else:
             held = state.holds(pending.session_id)
             self.queues[state.verifier_id].add(queued_round(state.model, pending, held, self._max_wait_ms))
+        return True
 
     def remove(self, session_id: str) -> PendingRound | None:
         """Remove and return a session's pending round; None if it has none."""
-        if (pending := self.unplaced.pop(session_id, None)) is not None:
-            return pending
+        for places in (self.unplaced, self.waiting):
+            if (pending := places.pop(session_id, None)) is not None:
+                return pending
         for queue in self.queues.values():
             if (queued := queue.remove(session_id)) is not None:
                 return queued.pending
@@ -108,6 +168,7 @@ class VerifierFleet:
             moved += [s for queue in self.queues.values() for s, one in queue.rounds.items() if not one.held]
             moved += self.unplaced
         self._place_again(dict.fromkeys(moved), now_ms)
+        self._may_have_room = True
 
     def on_cost_model(self, model: CostModel, now_ms: float) -> None:
         """Predict a verifier's times by this model from now on."""
@@ -127,15 +188,15 @@ class VerifierFleet:
         """Remove a verifier and place its queued rounds elsewhere; return the rounds of its batches in flight."""
         state, queue = self.verifiers.pop(verifier_id), self.queues.pop(verifier_id)
         del self._sorted_by[verifier_id]
-        for session in self.sessions.values():
-            if session.verifier_id == verifier_id:
-                session.verifier_id = None
+        for session in state.sessions.values():
+            session.verifier_id = None
         for queued in queue.rounds.values():
             self.add(queued.pending, now_ms)
         return [pending for flight in state.in_flight for pending in flight.jobs.values()]
 
     def forget(self, session_id: str) -> None:
         """Remove a session that has ended."""
+        self._may_have_room = True
         self.remove(session_id)
         self._assign(session_id, None)
         self.sessions.pop(session_id, None)
@@ -148,10 +209,10 @@ class VerifierFleet:
         if (session := self.sessions.get(session_id)) is None:
             return
         if (before := self.verifiers.get(session.verifier_id or "")) is not None:
-            before.assigned -= 1
+            before.unassign(session_id)
         session.verifier_id = None if state is None else state.verifier_id
         if state is not None:
-            state.assigned += 1
+            state.assign(session_id, session)
 
     def _place_again(self, session_ids: Iterable[str], now_ms: float) -> None:
         removed = [pending for session_id in list(session_ids) if (pending := self.remove(session_id)) is not None]

@@ -199,6 +199,7 @@ def _verifier_figures(
         used.append(sum(need.share for need in needed) + (fixed[-1] / batches if batches else 0.0))
         backlog.append(verifier.remaining_ms(now_ms) + fleet.queues[verifier.verifier_id].work_ms)
     count = len(usable)
+    held_back = sum(pending.verify.base_len for pending in fleet.waiting.values())
     return {
         "utilization": (sum(used) + averages.prompt_ms / WINDOW_MS) / count,
         "fixed_ms": sum(fixed) / count,
@@ -206,7 +207,7 @@ def _verifier_figures(
         "round_ms": sum(own) / count,
         "run_own_ms": sum(own_of_runs) / count if runs else None,
         "prefill_ms": sum(prefill) / count,
-        "backlog_ms": min(backlog),
+        "backlog_ms": min(backlog) + held_back * sum(prefill) / count**2,
     }
 
 

@@ -16,7 +16,7 @@ MOST_MISSED = 64
 """No more rounds are tried after this many that did not fit."""
 
 PolicyPart = Literal[
-    "estimator", "deadlines", "density", "trimming", "chunking", "price", "migration", "runs", "copies"
+    "estimator", "deadlines", "density", "trimming", "chunking", "price", "migration", "runs", "copies", "memory"
 ]
 
 

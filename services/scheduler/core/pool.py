@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -187,8 +188,10 @@ class VerifierState:
     idle_since_ms: float = 0.0
     returning: dict[str, float] = field(default_factory=dict)
     """Expected arrival of the next round, by session."""
-    assigned: int = 0
+    sessions: dict[str, ActiveSession] = field(default_factory=dict)
     """Active sessions whose rounds go to it."""
+    promised: Counter[float] = field(default_factory=Counter)
+    """These sessions' promised times per token, each with its number of sessions."""
     unknown_sessions: int = 0
     """Sessions in its cache that this scheduler has received no round of."""
     gap_ms: float = 0.0
@@ -205,6 +208,20 @@ class VerifierState:
     def usable(self) -> bool:
         """True if new batches may be sent to it."""
         return not self.heartbeat.draining
+
+    def assign(self, session_id: str, session: ActiveSession) -> None:
+        """Note that a session's rounds go to it."""
+        self.sessions[session_id] = session
+        if session.tpot_ms is not None:
+            self.promised[session.tpot_ms] += 1
+
+    def unassign(self, session_id: str) -> None:
+        """Note that a session's rounds no longer go to it."""
+        session = self.sessions.pop(session_id)
+        if session.tpot_ms is not None:
+            self.promised[session.tpot_ms] -= 1
+            if not self.promised[session.tpot_ms]:
+                del self.promised[session.tpot_ms]
 
     def holds(self, session_id: str) -> int:
         """Return the tokens of a session in its cache, those of chunks in flight included."""

@@ -47,13 +47,21 @@ def step_ms(state: VerifierState, length: int) -> float:
     return cost.predict_ms(state.model, shape)
 
 
-def tightest_ms(state: VerifierState, sessions: Iterable[ActiveSession]) -> float:
-    """Return the shortest time per token that a session of this verifier was promised; infinite without SLOs.
+def tightest_ms(state: VerifierState) -> float:
+    """Return the shortest time per token that a session of this verifier was promised; infinite without SLOs."""
+    return _tightest(state, state.promised)
 
-    An SLO that the verifier could not keep even for this session alone counts as none.
-    """
+
+def too_long_for(session: ActiveSession, state: VerifierState) -> bool:
+    """Return whether the steps of the verifier's runs take longer than a session was promised."""
+    return session.tpot_ms is not None and cost.predict_ms(state.model, state.runs.shape) > _tightest(
+        state, [session.tpot_ms]
+    )
+
+
+def _tightest(state: VerifierState, promised: Iterable[float]) -> float:
+    """Return the shortest of these times that the verifier could keep for a session alone; others count as none."""
     alone_ms = cost.predict_ms(state.model, MutableShape(1, 1, TYPICAL_LENGTH, TYPICAL_LENGTH, 1))
-    promised = (s.tpot_ms for s in sessions if s.verifier_id == state.verifier_id and s.tpot_ms is not None)
     return min((tpot_ms for tpot_ms in promised if tpot_ms >= alone_ms), default=math.inf)
 
 

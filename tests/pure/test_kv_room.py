@@ -1,0 +1,259 @@
+"""Sessions wait for room in the verifiers' caches before they begin."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import builders
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
+from services.scheduler.core.kv_room import GROWTH, LATE_TURN, QUIET_MS, begin_order
+from services.scheduler.core.policies import POLICIES, PolicyOptions
+from services.scheduler.core.pool import PendingRound
+from services.scheduler.core.verifier_runs import whole_blocks
+from shared.messages import Batch, Finish, Result, Status, Verify
+
+ROOM = 2048
+"""Tokens of a verifier's cache."""
+PROMPT = 300
+HOLDS = ROOM // whole_blocks(PROMPT + GROWTH)
+"""Sessions with such prompts that fit."""
+MAX_WAIT_MS = 3000.0
+
+
+def dispatcher(policy: str = "wisp+", verifiers: int = 1, **more: Any) -> Dispatcher:
+    d = Dispatcher("s1", SchedulingRules(policy, BatchLimits(4000.0, 8192, MAX_WAIT_MS), **more))
+    for number in range(1, verifiers + 1):
+        beat(d, f"v{number}", 0.0)
+        d.on_cost_model(builders.cost_model(f"v{number}", (10.0, 1.0, 0.01, 0.01, 0.1)), 0.0)
+    return d
+
+
+def beat(d: Dispatcher, name: str, now_ms: float, **more: Any) -> None:
+    state = d.fleet.verifiers.get(name)
+    held = {} if state is None else state.cached
+    d.on_heartbeat(builders.heartbeat(name, held, total_tokens=ROOM, **more), now_ms)
+
+
+def prompt(name: str, length: int = PROMPT, **more: Any) -> Verify:
+    return builders.verify(name, 0, length, [], **more)
+
+
+def settle(d: Dispatcher, sends: list[tuple[str, Batch]], now_ms: float, finish: Finish | None = None) -> list[str]:
+    """Return a result for each job; return the sessions whose rounds are verified."""
+    verified = []
+    for name, batch in sends:
+        for job in batch.jobs:
+            fields: dict[str, Any] = {"verifier": name, "batch": batch.batch}
+            if job.prefill_to is not None:
+                chunk = {"status": Status.PREFILLED, "cached": job.prefill_to}
+                d.on_result(builders.result(job.session, job.round, job.base_len, **fields, **chunk), now_ms)
+            else:
+                verified.append(job.session)
+                d.on_result(finished(job.session, job.base_len, finish, **fields), now_ms)
+    return verified
+
+
+def finished(session: str, base_len: int, finish: Finish | None, **fields: Any) -> Result:
+    return builders.result(session, 0, base_len, [7], finish=finish, cached=0 if finish else base_len, **fields)
+
+
+def served(d: Dispatcher, now_ms: float, finish: Finish | None = None) -> list[str]:
+    """Serve until nothing more can be sent; return the sessions in the order of their first results."""
+    order: list[str] = []
+    while sends := d.dispatch(now_ms)[0]:
+        order += settle(d, sends, now_ms, finish)
+    return order
+
+
+def test_sessions_beyond_the_cache_begin_when_others_end() -> None:
+    d = dispatcher()
+    for i in range(HOLDS + 2):
+        d.on_verify(prompt(f"s{i}"), float(i))
+    begun = served(d, 10.0)
+    assert sorted(begun) == [f"s{i}" for i in range(HOLDS)]
+    assert sorted(d.fleet.waiting) == [f"s{HOLDS}", f"s{HOLDS + 1}"]
+    assert d.fleet.pending_count == 2
+    assert d.fleet.pending_round(f"s{HOLDS}") is not None
+    d.on_result(finished("s0", PROMPT + 1, Finish.STOP), 20.0)
+    assert served(d, 20.0) == [f"s{HOLDS}"], "one has ended, one begins"
+    d.on_cancel("s1")
+    assert served(d, 30.0) == [f"s{HOLDS + 1}"]
+
+
+def test_a_round_of_a_session_that_has_begun_never_waits() -> None:
+    d = dispatcher()
+    for i in range(HOLDS + 1):
+        d.on_verify(prompt(f"s{i}"), float(i))
+    served(d, 10.0)
+    d.on_verify(builders.verify("s0", 1, PROMPT + 1, [5] * 4), 11.0)
+    assert served(d, 11.0) == ["s0"]
+    d.fleet.verifiers["v1"].cached.pop("s0")  # evicted
+    d.on_verify(builders.verify("s0", 2, PROMPT + 2, [5] * 4), 12.0)
+    assert served(d, 12.0) == ["s0"]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_other_policies_hold_no_session_back(policy: str) -> None:
+    options = PolicyOptions(without=frozenset({"memory"})) if policy == "wisp+" else PolicyOptions()
+    d = dispatcher(policy, options=options)
+    for i in range(3 * HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    assert not d.fleet.waiting
+
+
+def test_a_session_that_fits_no_cache_begins_where_there_is_no_other() -> None:
+    d = dispatcher()
+    d.on_verify(prompt("long", ROOM - 10), 0.0)
+    d.on_verify(prompt("short"), 1.0)
+    assert list(d.fleet.waiting) == ["short"]
+    assert served(d, 2.0, Finish.LENGTH) == ["long", "short"]
+
+
+def test_a_session_begins_on_the_verifier_that_has_room() -> None:
+    d = dispatcher(verifiers=2)
+    for i in range(2 * HOLDS + 1):
+        d.on_verify(prompt(f"s{i}"), float(i))
+    assert [len(state.sessions) for state in d.fleet.verifiers.values()] == [HOLDS, HOLDS]
+    assert len(d.fleet.waiting) == 1
+
+
+def test_sessions_of_a_lost_verifier_begin_before_new_ones() -> None:
+    d = dispatcher(verifiers=2)
+    for i in range(2 * HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    d.on_verify(prompt("new", slack_ms=500.0), 10.0)
+    moved = sorted(d.fleet.verifiers["v2"].sessions)
+    for session in moved:
+        d.on_verify(builders.verify(session, 1, PROMPT + 1, []), 11.0)
+    d.on_returned("v2", 12.0)
+    assert sorted(d.fleet.waiting) == sorted(["new", *moved])
+    stayed = sorted(d.fleet.verifiers["v1"].sessions)
+    for session in stayed:
+        d.on_cancel(session)
+    assert sorted(served(d, 13.0)) == moved
+    d.on_cancel(moved[0])
+    assert served(d, 14.0) == ["new"]
+
+
+def test_a_session_whose_device_is_gone_leaves_its_room() -> None:
+    d = dispatcher()
+    for i in range(HOLDS + 1):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    beat(d, "v1", QUIET_MS)
+    assert served(d, QUIET_MS) == []
+    beat(d, "v1", QUIET_MS + 1)
+    assert served(d, QUIET_MS + 1) == [f"s{HOLDS}"]
+
+
+def test_waiting_prompts_are_part_of_the_predicted_backlog() -> None:
+    d = dispatcher()
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    assert d.load(1.0).backlog_ms == 0.0
+    d.on_verify(prompt("waits"), 1.0)
+    assert d.load(1.0).backlog_ms > 0.0
+
+
+def pending(name: str, arrived_ms: float, due_ms: float | None, round_: int = 0) -> PendingRound:
+    return PendingRound(builders.verify(name, round_), arrived_ms, due_ms)
+
+
+def test_late_sessions_come_last_except_in_their_turn() -> None:
+    waiting = [
+        pending("late-2", 20.0, 90.0),
+        pending("late-1", 10.0, 95.0),
+        pending("soon", 60.0, 120.0),
+        pending("any", 50.0, None),
+        pending("later", 30.0, 2000.0),
+        pending("begun", 99.0, 50.0, round_=3),
+    ]
+
+    def order(late_first: bool) -> list[str]:
+        return [p.session_id for p in begin_order(waiting, 100.0, MAX_WAIT_MS, late_first=late_first)]
+
+    assert order(False) == ["begun", "soon", "later", "any", "late-1", "late-2"]
+    assert order(True) == ["begun", "late-1", "soon", "later", "any", "late-2"]
+
+
+def test_every_fourth_session_that_begins_is_a_late_one() -> None:
+    d = dispatcher()
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    for i in range(8):
+        d.on_verify(prompt(f"late-{i}", slack_ms=1.0), 1.0)
+    for i in range(8):
+        d.on_verify(prompt(f"soon-{i}", slack_ms=1e6), 10.0)
+    order: list[str] = []
+    running = sorted(d.fleet.verifiers["v1"].sessions)
+    while len(order) < 8:
+        d.on_cancel(running.pop(0))
+        begun = served(d, 20.0)
+        order += begun
+        running += begun
+    late = [i for i, name in enumerate(order) if name.startswith("late")]
+    assert len(late) == 8 // LATE_TURN
+    assert late[1] - late[0] == LATE_TURN
+
+
+def test_a_prompt_that_has_waited_longest_lets_none_pass() -> None:
+    d = dispatcher()
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    d.on_verify(prompt("long", 1000), 1.0)
+    d.on_verify(prompt("short", 100), 2.0)
+    d.on_cancel("s0")
+    assert served(d, 3.0) == ["short"], "there is no room for the long one yet"
+    d.on_verify(prompt("short-2", 100), MAX_WAIT_MS)
+    beat(d, "v1", MAX_WAIT_MS)
+    d.on_cancel("s1")
+    assert served(d, MAX_WAIT_MS + 10) == [], "the long one has waited long enough"
+    assert list(d.fleet.waiting) == ["long", "short-2"]
+    d.on_cancel("short")
+    for i in range(2, HOLDS):
+        d.on_cancel(f"s{i}")
+    assert served(d, MAX_WAIT_MS + 20)[:1] == ["long"]
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(1, ROOM - 1), min_size=1, max_size=40), st.integers(1, 3))
+def test_begun_sessions_fit_and_all_are_served(seed: int, lengths: list[int], verifiers: int) -> None:
+    d = dispatcher(verifiers=verifiers)
+    draw = random.Random(seed)
+    names = [f"v{number}" for number in range(1, verifiers + 1)]
+    waiting = {f"s{i}": length for i, length in enumerate(lengths)}
+    running: dict[str, int] = {}
+    now, seen = 0.0, 0
+    while waiting or running or d.fleet.pending_count:
+        now += 100.0
+        assert now < 1e6, "every session is served in the end"
+        if waiting and draw.random() < 0.6:
+            name = draw.choice(sorted(waiting))
+            d.on_verify(prompt(name, waiting[name], slack_ms=draw.choice([None, 50.0, 5000.0])), now)
+            running[name] = waiting.pop(name)
+        for name in names:
+            beat(d, name, now)
+        for session in served(d, now):
+            seen += 1
+            if draw.random() < 0.7:
+                d.on_cancel(session)
+                del running[session]
+        for state in d.fleet.verifiers.values():
+            sessions = state.sessions.values()
+            needed = sum(whole_blocks(session.length) for session in sessions)
+            forgotten = any(now - session.seen_ms > QUIET_MS for session in sessions)
+            assert needed <= ROOM or len(sessions) == 1 or forgotten
+        for session in sorted(running):
+            if d.fleet.pending_round(session) is None and draw.random() < 0.2:
+                d.on_cancel(session)
+                del running[session]
+    assert seen == len(lengths)
