@@ -43,6 +43,7 @@ class VerifierFleet:
         self._migrate = migrate
         self._mix = mix
         self._hold_back = hold_back
+        self._room = KvRoom(self.queues)
         self._began = 0
         self._may_have_room = False
         self._models: dict[str, CostModel] = {}
@@ -76,7 +77,7 @@ class VerifierFleet:
             # Not before those that wait already.
             self.waiting[pending.session_id] = pending
             self._may_have_room = True
-        elif not self._placed(pending, KvRoom(self.queues, now_ms) if begins else None, now_ms):
+        elif not self._placed(pending, now_ms, begins=begins):
             self.waiting[pending.session_id] = pending
 
     def _begins(self, pending: PendingRound) -> bool:
@@ -93,26 +94,26 @@ class VerifierFleet:
         if not self._may_have_room or not self.waiting:
             return
         self._may_have_room = False
-        room = KvRoom(self.queues, now_ms)
-        while self.waiting and self._begin_one(room, now_ms):
+        while self.waiting and self._begin_one(now_ms):
             self._began += 1
 
-    def _begin_one(self, room: KvRoom, now_ms: float) -> bool:
+    def _begin_one(self, now_ms: float) -> bool:
         late_first = self._began % LATE_TURN == LATE_TURN - 1
         order = begin_order(self.waiting.values(), now_ms, self._max_wait_ms, late_first=late_first)
         for pending in islice(order, MOST_TRIED):
-            if self._placed(pending, room, now_ms):
+            if self._placed(pending, now_ms, begins=True):
                 del self.waiting[pending.session_id]
                 return True
             if now_ms - pending.arrived_ms >= self._max_wait_ms:
                 return False
         return False
 
-    def _placed(self, pending: PendingRound, room: KvRoom | None, now_ms: float) -> bool:
-        """Queue a round, or note that no verifier may take it; return False if its session has to wait for room.
+    def _placed(self, pending: PendingRound, now_ms: float, *, begins: bool) -> bool:
+        """Queue a round, or note that no verifier may take it; return False if its session `begins` and has no room."""
 
-        room: None if the session need not wait.
-        """
+        def has_room(verifier: VerifierState) -> bool:
+            return self._room.fits(pending, verifier, now_ms)
+
         state = placement.place(
             pending,
             self.verifiers.values(),
@@ -121,12 +122,10 @@ class VerifierFleet:
             migrate=self._migrate,
             mix=self._mix,
             prompt_rate=self.prompt_rate,
-            room=room,
+            has_room=has_room if begins else None,
         )
-        if state is not None and room is not None:
-            if not room.fits(pending, state):
-                return False
-            room.take(pending, state)
+        if begins and state is not None and not has_room(state):
+            return False
         self._assign(pending.session_id, state)
         if state is None:
             self.unplaced[pending.session_id] = pending
@@ -188,6 +187,7 @@ class VerifierFleet:
         """Remove a verifier and place its queued rounds elsewhere; return the rounds of its batches in flight."""
         state, queue = self.verifiers.pop(verifier_id), self.queues.pop(verifier_id)
         del self._sorted_by[verifier_id]
+        self._room.drop(verifier_id)
         for session in state.sessions.values():
             session.verifier_id = None
         for queued in queue.rounds.values():
@@ -210,9 +210,11 @@ class VerifierFleet:
             return
         if (before := self.verifiers.get(session.verifier_id or "")) is not None:
             before.unassign(session_id)
+            self._room.remove(session_id, before.verifier_id)
         session.verifier_id = None if state is None else state.verifier_id
         if state is not None:
             state.assign(session_id, session)
+            self._room.add(session_id, session, state.verifier_id)
 
     def _place_again(self, session_ids: Iterable[str], now_ms: float) -> None:
         removed = [pending for session_id in list(session_ids) if (pending := self.remove(session_id)) is not None]

@@ -1,4 +1,4 @@
-"""Room in the verifiers' KV caches: where a session may begin, and which of those that wait for room begins first.
+"""Room in the verifiers' KV caches: whether a session may begin, and which of those that wait begins first.
 
 A verifier whose cache is full evicts the KV of sessions whose drafts are still under way. Each of them is computed
 again with its next round, which evicts another: with too many sessions a verifier computes little else. A session
@@ -7,7 +7,9 @@ therefore begins only where the KV of all sessions fits, and the others wait bef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue
@@ -18,45 +20,66 @@ GROWTH = BLOCK
 """Tokens by which a session is expected to grow until others end and leave room."""
 QUIET_MS = 5000.0
 """A session that is away for longer may lose its KV: its device may be gone."""
+RECOUNT_MS = 100.0
+"""Sessions grow and become quiet; how much they take is counted anew after this time at the latest."""
 LATE_TURN = 4
 """Of so many sessions that begin, one is late already, if any is: no session waits for ever."""
 
 
 class KvRoom:
-    """Tokens of the verifiers' caches that their sessions leave, at one moment."""
+    """Tokens of the verifiers' caches that their sessions take."""
 
-    def __init__(self, queues: Mapping[str, RoundQueue], now_ms: float) -> None:
+    def __init__(self, queues: Mapping[str, RoundQueue]) -> None:
         """queues: by verifier."""
         self._queues = queues
-        self._now_ms = now_ms
-        self._taken: dict[str, int] = {}
+        self._counts: dict[str, _Count] = {}
 
-    def fits(self, pending: PendingRound, verifier: VerifierState) -> bool:
+    def fits(self, pending: PendingRound, verifier: VerifierState, now_ms: float) -> bool:
         """Return whether a session may begin on a verifier. One without any session takes each."""
-        taken = self._taken_on(verifier)
-        return not taken or taken + _needed(pending.length_after) <= verifier.heartbeat.total_tokens
-
-    def take(self, pending: PendingRound, verifier: VerifierState) -> None:
-        """Count a session that begins on a verifier."""
-        self._taken[verifier.verifier_id] = self._taken_on(verifier) + _needed(pending.length_after)
-
-    def _taken_on(self, verifier: VerifierState) -> int:
-        verifier_id = verifier.verifier_id
-        if verifier_id not in self._taken:
-            self._taken[verifier_id] = sum(
-                _needed(session.length)
+        count = self._counts.setdefault(verifier.verifier_id, _Count())
+        if now_ms - count.counted_ms > RECOUNT_MS:
+            count.tokens_of = {
+                session_id: _needed(session.length)
                 for session_id, session in verifier.sessions.items()
-                if self._counts(session_id, session, verifier)
-            )
-        return self._taken[verifier_id]
+                if self._is_near(session_id, session, verifier, now_ms)
+            }
+            count.total, count.counted_ms = sum(count.tokens_of.values()), now_ms
+        return not count.total or count.total + _needed(pending.length_after) <= verifier.heartbeat.total_tokens
 
-    def _counts(self, session_id: str, session: ActiveSession, verifier: VerifierState) -> bool:
+    def add(self, session_id: str, session: ActiveSession, verifier_id: str) -> None:
+        """Count a session that begins on a verifier."""
+        count = self._counts.setdefault(verifier_id, _Count())
+        tokens = _needed(session.length)
+        count.total += tokens - count.tokens_of.get(session_id, 0)
+        count.tokens_of[session_id] = tokens
+
+    def remove(self, session_id: str, verifier_id: str) -> None:
+        """Count a session no longer that has left a verifier."""
+        if (count := self._counts.get(verifier_id)) is not None:
+            count.total -= count.tokens_of.pop(session_id, 0)
+
+    def drop(self, verifier_id: str) -> None:
+        """Forget a verifier that is gone."""
+        self._counts.pop(verifier_id, None)
+
+    def _is_near(self, session_id: str, session: ActiveSession, verifier: VerifierState, now_ms: float) -> bool:
+        """Return whether a session keeps its room: it was seen lately, or the verifier works on it."""
         return (
-            self._now_ms - session.seen_ms <= QUIET_MS
+            now_ms - session.seen_ms <= QUIET_MS
             or session_id in self._queues[verifier.verifier_id].rounds
             or session_id in verifier.runs
             or any(session_id in flight.jobs for flight in verifier.in_flight)
         )
+
+
+@dataclass
+class _Count:
+    """Tokens that the sessions of one verifier take."""
+
+    tokens_of: dict[str, int] = field(default_factory=dict)
+    """By session."""
+    total: int = 0
+    counted_ms: float = -math.inf
 
 
 def begin_order(

@@ -8,9 +8,8 @@ there first. Spread over the rounds that the session may still have, that is the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from services.scheduler.core.kv_room import KvRoom
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue
@@ -43,20 +42,25 @@ def place(
     migrate: bool,
     mix: bool,
     prompt_rate: float = 0.0,
-    room: KvRoom | None = None,
+    has_room: Callable[[VerifierState], bool] | None = None,
 ) -> VerifierState | None:
     """Return the verifier for a round; None while there is none for it.
 
     A session stays with its KV, unless it may `migrate` and another verifier would serve its rounds so much faster that
     computing the KV there again pays.
     prompt_rate: prompt tokens per millisecond that the verifiers have computed lately, all together.
-    room: that of a session which begins. By default, verifiers are preferred whose heartbeats show room.
+    has_room: returns whether the session may begin there. By default, the verifiers' heartbeats show it.
     """
+    if has_room is None:
+
+        def has_room(verifier: VerifierState) -> bool:
+            return verifier.heartbeat.free_tokens >= pending.length_after
+
     fitting = _fitting(pending, [v for v in verifiers if v.usable], mix)
     at_home = home(pending, fitting)
     if at_home is not None and (not migrate or len(fitting) == 1):
         return at_home
-    roomy = [v for v in fitting if v is at_home or _has_room(pending, v, room)] or fitting
+    roomy = [v for v in fitting if v is at_home or has_room(v)] or fitting
     session_rate = prompt_rate / (1 + sum(_others(pending, v) for v in fitting))
     times = {v.verifier_id: _time_ms(pending, v, queues[v.verifier_id], now_ms, session_rate) for v in roomy}
     best = min(roomy, key=lambda v: (times[v.verifier_id], v.verifier_id), default=None)
@@ -84,12 +88,6 @@ def _fitting(pending: PendingRound, usable: Sequence[VerifierState], mix: bool) 
         return usable
     same = [v for v in of_model if fits(v.heartbeat.arithmetic, pending.verify.committed_in)]
     return same or (of_model if mix else [])
-
-
-def _has_room(pending: PendingRound, verifier: VerifierState, room: KvRoom | None) -> bool:
-    if room is None:
-        return verifier.heartbeat.free_tokens >= pending.length_after
-    return room.fits(pending, verifier)
 
 
 def _others(pending: PendingRound, verifier: VerifierState) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from heapq import heappop, heappush
+from itertools import takewhile
 from typing import get_args
 
 from services.scheduler.core.batching import BatchBuilder, BatchPlan, ChosenRound
@@ -145,6 +146,8 @@ class WispPlus(BatchPolicy):
         rest = queue.by("density" if self.plays("density") else "arrival", kind)
         others = (q for q in rest if q.latest_ms >= now.horizon_ms)
         if batch.has_late:
+            # There may be thousands of others: they are not looked at once the hidden tokens are taken.
+            others = takewhile(lambda _: batch.tokens < batch.hidden_tokens, others)
             others = (q for q in others if batch.tokens + q.base <= batch.hidden_tokens)
         fill_up.take_by_density(others)
 
