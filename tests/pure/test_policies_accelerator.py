@@ -14,6 +14,8 @@ from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.prompts import LEAST_ROOM, PROMISE_SHARE
 from services.scheduler.core.wisp_plus import AHEAD_STEPS
 from shared import cost
+from shared.kernels.layout import BLOCK
+from shared.messages import CostModel
 
 ACCELERATOR = builders.cost_model("v", (41.8, 0.0, 0.356, 9.9, 100.0, 0.0, 0.024), knee=128, ratio_p90=1.02)
 """Qwen3-32B on an A100, as the estimator fits it."""
@@ -24,16 +26,18 @@ STEP_MS = 45.0
 """A step of `HIDDEN` tokens."""
 
 
-def planned(rounds: list[PendingRound], promised_ms: float = 50.0, now: float = NOW) -> BatchPlan:
-    state = held(rounds)
+def planned(
+    rounds: list[PendingRound], promised_ms: float = 50.0, now: float = NOW, model: CostModel = ACCELERATOR
+) -> BatchPlan:
+    state = held(rounds, model)
     situation = Situation(state, LIMITS, now, promised_ms=promised_ms)
     return POLICIES["wisp+"](PolicyOptions()).plan(queue_of(rounds, state, LIMITS), situation)
 
 
-def held(rounds: list[PendingRound]) -> VerifierState:
+def held(rounds: list[PendingRound], model: CostModel = ACCELERATOR) -> VerifierState:
     """A verifier with the KV of all rounds but the prompts'."""
     cached = {one.session_id: one.verify.base_len - 1 for one in rounds if not one.session_id.startswith("prompt-")}
-    return verifier(cached, model=ACCELERATOR)
+    return verifier(cached, model=model)
 
 
 def prompt(name: str, tokens: int, left_ms: float, waited_ms: float = 100.0) -> PendingRound:
@@ -60,6 +64,14 @@ def test_only_an_accelerator_hides_tokens() -> None:
     assert hidden_tokens(builders.cost_model()) == 0
     unloaded = ACCELERATOR.model_copy(update={"coefficients": [0.0, *ACCELERATOR.coefficients[1:]]})
     assert hidden_tokens(unloaded) == 0, "fitted to a few measurements: a scheduler divided by this time"
+
+
+def test_a_cpu_that_hides_a_few_tokens_computes_late_prompts_in_large_chunks() -> None:
+    cpu = builders.cost_model("v", (160.0, 2.0, 8.8, 9.9, 100.0, 0.4, 2.0), knee=8)
+    assert hidden_tokens(cpu) == 0
+    late = [prompt(str(i), 150, left_ms=-5000.0, waited_ms=9000.0) for i in range(8)]
+    made = planned([drafted("a", 300.0), *late], promised_ms=400.0, model=cpu)
+    assert sum(prompt_tokens(made).values()) >= BLOCK, "a few tokens a step would never serve them"
 
 
 @pytest.mark.parametrize("slack_ms", [60.0, 80.0, 2000.0])

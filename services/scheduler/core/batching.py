@@ -20,14 +20,16 @@ MOST_LEFT_OUT = 8
 HIDDEN_SHARE = 0.5
 """Where a token below the model's knee costs less than this share of one above it, loading the weights hides its
 arithmetic, as on an accelerator."""
+LEAST_HIDDEN = BLOCK
+"""Least number of tokens that an accelerator hides. A CPU hides a few as well, too few to compute prompts by."""
 
 
 def hidden_tokens(model: CostModel) -> int:
     """Return how many tokens of a step are computed in the time in which the weights are loaded anyway.
 
-    A model of a few measurements may have no such time.
+    0 on a CPU. A model of a few measurements may have no such time.
     """
-    if cost.fixed_ms(model) <= 0:
+    if cost.fixed_ms(model) <= 0 or model.knee < LEAST_HIDDEN:
         return 0
     return model.knee if cost.token_ms(model, 0.0) < HIDDEN_SHARE * cost.token_ms(model) else 0
 
