@@ -92,7 +92,9 @@ def begin_order(
     that are in time.
     max_wait_ms: see `PendingRound.deadline_ms`.
     """
-    begun, timely, late = [], [], []
+    begun: list[PendingRound] = []
+    timely: list[PendingRound] = []
+    late: list[PendingRound] = []
     for pending in waiting:
         is_late = pending.due_ms is not None and pending.due_ms < now_ms
         (begun if pending.verify.round > 0 else late if is_late else timely).append(pending)

@@ -144,7 +144,7 @@ class WispPlus(BatchPolicy):
             if fill_up.missed == MOST_MISSED:
                 break
         rest = queue.by("density" if self.plays("density") else "arrival", kind)
-        others = (q for q in rest if q.latest_ms >= now.horizon_ms)
+        others: Iterator[QueuedRound] = (q for q in rest if q.latest_ms >= now.horizon_ms)
         if batch.has_late:
             # There may be thousands of others: they are not looked at once the hidden tokens are taken.
             others = takewhile(lambda _: batch.tokens < batch.hidden_tokens, others)
