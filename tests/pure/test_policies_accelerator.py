@@ -66,7 +66,7 @@ def test_only_an_accelerator_hides_tokens() -> None:
     assert hidden_tokens(unloaded) == 0, "fitted to a few measurements: a scheduler divided by this time"
 
 
-def test_a_cpu_that_hides_a_few_tokens_computes_late_prompts_in_large_chunks() -> None:
+def test_a_cpu_computes_late_prompts_in_large_chunks() -> None:
     cpu = builders.cost_model("v", (160.0, 2.0, 8.8, 9.9, 100.0, 0.4, 2.0), knee=8)
     assert hidden_tokens(cpu) == 0
     late = [prompt(str(i), 150, left_ms=-5000.0, waited_ms=9000.0) for i in range(8)]
