@@ -1,4 +1,4 @@
-"""Publishing, consuming and dead letters, on a real RabbitMQ."""
+"""Publishing, consuming and dead letters, on a real RabbitMQ: the contract, and what only RabbitMQ has."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from unittest.mock import AsyncMock
 
 import aio_pika
 import aiormq
-import builders
 import pytest
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from broker_contract import BrokerContract, Connect, Inbox
 from builders import generate, result, verify
 from gateway_peer import eventually
 from link import link_to
@@ -25,10 +25,8 @@ from shared.broker.client import Broker
 from shared.broker.incoming import GiveBack
 from shared.broker.liveness import PROBE_HEADER
 from shared.broker.topology import Topology
-from shared.errors import BrokersError, QueueDown, Unroutable
+from shared.errors import BrokersError, QueueDown
 from shared.messages import Cancel, Message, Result, decode, encode
-
-Connect = Callable[[str], Awaitable[Broker]]
 
 
 @pytest.fixture
@@ -42,23 +40,6 @@ async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
     yield make
     for broker in brokers:
         await broker.close()
-
-
-class Inbox:
-    """A handler that collects its messages."""
-
-    def __init__(self) -> None:
-        self.messages: asyncio.Queue[Message] = asyncio.Queue()
-
-    async def __call__(self, message: Message) -> None:
-        await self.messages.put(message)
-
-    async def next(self) -> Message:
-        return await asyncio.wait_for(self.messages.get(), HANG_S)
-
-    async def nothing_more(self) -> bool:
-        await asyncio.sleep(0.2)
-        return self.messages.empty()
 
 
 async def dead_letters(amqp_url: str, namespace: str, count: int) -> list[aio_pika.abc.AbstractIncomingMessage]:
@@ -76,16 +57,8 @@ async def dead_letters(amqp_url: str, namespace: str, count: int) -> list[aio_pi
                 await asyncio.sleep(0.05)
 
 
-async def test_one_publish_reaches_drafter_gateway_and_scheduler_once_each(connect: Connect) -> None:
-    broker = await connect("all")
-    names = broker.topology
-    inboxes = {key: Inbox() for key in ("result.d", "result.g", topology.RESULT_SCHEDULER)}
-    for key, inbox in inboxes.items():
-        await broker.consume(names.own_queue("test", key, (key, "result.all")), inbox)
-    await broker.publish(result(), "result.d", cc=("result.g", topology.RESULT_SCHEDULER, "result.all"))
-    for inbox in inboxes.values():
-        assert await inbox.next() == result()
-        assert await inbox.nothing_more()
+class TestRabbitMQ(BrokerContract):
+    """The contract's cases, over `connect`."""
 
 
 def _received() -> float:
@@ -159,23 +132,6 @@ async def test_a_request_whose_drafter_dies_goes_to_another(connect: Connect) ->
     assert await other.next() == generate()
 
 
-async def test_prefetch_bounds_the_requests_of_a_drafter(connect: Connect) -> None:
-    broker, sender = await connect("drafter"), await connect("sender")
-    running = 0
-
-    async def hold(message: Message) -> None:
-        nonlocal running
-        running += 1
-        await asyncio.Event().wait()
-
-    await broker.consume(broker.topology.generate_queue(), hold, prefetch=3)
-    for i in range(6):
-        await sender.publish(generate(f"s{i}"), topology.generate(), persistent=True)
-    await eventually(lambda: running == 3)
-    await asyncio.sleep(0.3)
-    assert running == 3
-
-
 async def test_a_consumer_of_lower_priority_gets_the_overflow(connect: Connect) -> None:
     drafter, stand_in, sender = await connect("drafter"), await connect("stand-in"), await connect("sender")
     names = sender.topology
@@ -220,29 +176,6 @@ async def test_a_message_given_back_goes_to_the_consumer_of_higher_priority(conn
     assert await inbox.nothing_more()
     assert await given.nothing_more()
     assert await dead_letters(amqp_url, names.namespace, 0) == []
-
-
-async def test_a_persistent_message_that_no_queue_takes_is_an_error(connect: Connect) -> None:
-    broker = await connect("sender")
-    with pytest.raises(Unroutable, match=r"generate\.nowhere"):
-        await broker.publish(generate(), topology.generate("nowhere"), persistent=True)
-
-
-async def test_a_confirmed_batch_that_no_verifier_takes_is_an_error(connect: Connect) -> None:
-    broker = await connect("scheduler")
-    batch = builders.batch()
-    with pytest.raises(Unroutable, match=r"batch\.nobody"):
-        await broker.publish(batch, topology.batch("nobody"), confirmed=True)
-
-
-async def test_a_transient_message_that_no_queue_takes_is_dropped(connect: Connect) -> None:
-    broker, inbox = await connect("verifier"), Inbox()
-    await broker.consume(broker.topology.own_queue("drafter", "d", (topology.result("d"),)), inbox)
-    await broker.publish(result("lost"), topology.result("nobody"))
-    await broker.publish(result("copied"), topology.result("nobody"), cc=("result.none", topology.result("d")))
-    await broker.publish(result("next"), topology.result("d"))
-    assert [await inbox.next(), await inbox.next()] == [result("copied"), result("next")]
-    assert await inbox.nothing_more()
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import builders
 import numpy as np
+from broker_contract import Inbox
+from memory_broker import MemoryBroker
 
 from services.drafter.control import Controller
 from services.drafter.core.observed import ObservedSession, StateRecorder
@@ -19,9 +21,10 @@ from services.drafter.learning.supervisor import DraftLearning, LearningSetup
 from services.drafter.service import Drafter
 from services.drafter.settings import DraftServingSettings
 from services.drafter.sources import NoDrafts
-from shared.broker.topology import Topology
+from shared.broker import topology
+from shared.broker.client import Broker
 from shared.errors import ModelError
-from shared.messages import Generate, HiddenStates, LearningState, Verify
+from shared.messages import DrafterHeartbeat, Generate, HiddenStates, LearningState, Verify
 from shared.models.hidden_states import parts
 
 SIZE = 4
@@ -30,24 +33,6 @@ STATE = LearningState(version=2, acceptance=0.5, shipped_acceptance=0.4)
 SETUP = LearningSetup(
     HiddenDraftFolder.open(next(SHIPPED.glob("*/config.json")).parent), Path("target"), SIZE, LearningOptions(), None
 )
-
-
-class StubBroker:
-    """Keeps what is published, and hands requests to the drafter."""
-
-    def __init__(self) -> None:
-        self.topology = Topology("t")
-        self.sent: asyncio.Queue[Any] = asyncio.Queue()
-        self.take: Any = None
-
-    async def consume(self, queue: object, handler: object, **options: object) -> None:
-        self.take = handler
-
-    def on_reconnect(self, call: object) -> None:
-        pass
-
-    async def publish(self, message: object, key: object, **options: object) -> None:
-        self.sent.put_nowait(message)
 
 
 class StubLearning:
@@ -69,7 +54,7 @@ class StubLearning:
         self.observed.append(session)
 
 
-def drafter_with(broker: StubBroker, learning: StubLearning, length: int = 2) -> Drafter:
+def drafter_with(broker: MemoryBroker, learning: StubLearning, length: int = 2) -> Drafter:
     options = DraftServingSettings(draft_source="lookup", min_timeout_ms=60_000, draft_length=length).options
     drafting = Drafting(
         {"hidden": NoDrafts()},
@@ -80,13 +65,14 @@ def drafter_with(broker: StubBroker, learning: StubLearning, length: int = 2) ->
         1000,
         learning=learning,  # type: ignore[arg-type]
     )
-    return Drafter("d1", "pool", options, drafting, broker, None, None)  # type: ignore[arg-type]
+    return Drafter("d1", "pool", options, drafting, cast("Broker", broker), None, None)
 
 
-async def answer(drafter: Drafter, broker: StubBroker, tokens: int) -> None:
+async def answer(drafter: Drafter, rounds: Inbox, tokens: int) -> None:
     """Answer rounds with a token each, and the states that they ask for, until the text has `tokens` of them."""
     for made in range(tokens):
-        verify: Verify = await asyncio.wait_for(broker.sent.get(), 10)
+        verify = await rounds.next()
+        assert isinstance(verify, Verify)
         if verify.hidden_from is not None:
             bits = np.full((verify.base_len - verify.hidden_from, SIZE), 7, np.uint16)
             for part in parts(bits, verify.hidden_from, verify.hidden_format):
@@ -98,11 +84,14 @@ async def answer(drafter: Drafter, broker: StubBroker, tokens: int) -> None:
 
 
 async def served(learning: StubLearning, *, tokens: int = 30, length: int = 2) -> None:
-    broker = StubBroker()
+    broker, rounds = MemoryBroker(), Inbox()
     drafter = drafter_with(broker, learning, length)
     await drafter.take_requests()
+    await broker.consume(broker.topology.own_queue("scheduler", "s1", (topology.VERIFY,)), rounds)
     request = builders.generate(prompt=PROMPT, max_tokens=tokens, fingerprint="f")
-    await asyncio.gather(broker.take(request), answer(drafter, broker, tokens))
+    await broker.publish(request, topology.generate("pool"), persistent=True)
+    await answer(drafter, rounds, tokens)
+    await broker.server.handled()
 
 
 async def test_an_ended_session_is_learned_from() -> None:
@@ -131,11 +120,12 @@ async def test_sessions_of_another_target_or_without_drafts_are_not_learned_from
 
 
 async def test_heartbeats_carry_what_was_learned() -> None:
-    broker = StubBroker()
-    drafter = drafter_with(broker, StubLearning("f"))
-    beating = asyncio.create_task(drafter.beat())
-    heartbeat = await asyncio.wait_for(broker.sent.get(), 10)
+    broker, heartbeats = MemoryBroker(), Inbox()
+    await broker.consume(broker.topology.own_queue("observer", "o", (topology.drafter("*"),)), heartbeats)
+    beating = asyncio.create_task(drafter_with(broker, StubLearning("f")).beat())
+    heartbeat = await heartbeats.next()
     beating.cancel()
+    assert isinstance(heartbeat, DrafterHeartbeat)
     assert heartbeat.learning == STATE
 
 

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import builders
+from broker_contract import Inbox
+from memory_broker import MemoryBroker
 from patience import HANG_S
 
 from services.drafter.drafting import no_drafting
 from services.drafter.service import Drafter
 from services.drafter.settings import DraftServingSettings
-from shared.broker.topology import Topology
+from shared.broker import topology
+from shared.broker.client import Broker
 from shared.errors import GrammarError
-from shared.messages import Cancel, Grammar, Message, Sampling
+from shared.messages import Cancel, Generate, Grammar, Message, Sampling, Verify
 
 FOLLOWS = Sampling(grammar=Grammar(text="{}", prompt_len=3))
-
-
-class RecordingBroker:
-    """Keeps what the drafter publishes, and the handler of its requests."""
-
-    topology = Topology("t")
-
-    def __init__(self) -> None:
-        self.published: asyncio.Queue[Any] = asyncio.Queue()
-        self.requested: Callable[[Message], Awaitable[None]] | None = None
-
-    async def consume(self, queue: object, handler: Callable[[Message], Awaitable[None]], **_options: object) -> None:
-        self.requested = handler
-
-    def on_reconnect(self, _callback: Callable[[], None]) -> None:
-        pass
-
-    async def publish(self, message: Message, _key: str, **_options: object) -> None:
-        await self.published.put(message)
 
 
 class SlowGrammars:
@@ -54,42 +37,53 @@ class SlowGrammars:
         pass
 
 
-async def test_a_grammar_that_is_built_holds_up_no_other_session() -> None:
-    broker, grammars = RecordingBroker(), SlowGrammars()
+async def serving(grammars: SlowGrammars) -> tuple[Drafter, MemoryBroker, Inbox]:
+    """A drafter with these grammars that takes requests; its broker, and the rounds that it sends."""
     drafting = replace(no_drafting(), grammars=grammars)  # type: ignore[arg-type]
     options = DraftServingSettings(draft_source="none").options
-    drafter = Drafter("d1", "default", options, drafting, broker, None, None)  # type: ignore[arg-type]
+    broker, rounds = MemoryBroker(), Inbox()
+    drafter = Drafter("d1", "default", options, drafting, cast("Broker", broker), None, None)
     await drafter.take_requests()
-    assert broker.requested is not None
-    serving = [
-        asyncio.ensure_future(broker.requested(builders.generate("slow", sampling=FOLLOWS))),
-        asyncio.ensure_future(broker.requested(builders.generate("free"))),
-    ]
+    await broker.consume(broker.topology.own_queue("scheduler", "s1", (topology.VERIFY,)), rounds)
+    return drafter, broker, rounds
+
+
+async def request(broker: MemoryBroker, *requests: Generate) -> None:
+    """Send requests to the drafter."""
+    for one in requests:
+        await broker.publish(one, topology.generate("default"), persistent=True)
+
+
+async def test_a_grammar_that_is_built_holds_up_no_other_session() -> None:
+    grammars = SlowGrammars()
+    drafter, broker, rounds = await serving(grammars)
+    await request(broker, builders.generate("slow", sampling=FOLLOWS), builders.generate("free"))
     try:
-        assert (await asyncio.wait_for(broker.published.get(), HANG_S)).session == "free"
+        assert session_of(await rounds.next()) == "free"
         assert set(drafter.session_ids) == {"slow", "free"}
-        assert broker.published.empty()
+        assert rounds.messages.empty()
         grammars.released.set()
-        after = await asyncio.wait_for(broker.published.get(), HANG_S)
-        assert after.session == "slow", "its drafts do without the grammar"
+        assert session_of(await rounds.next()) == "slow", "its drafts do without the grammar"
     finally:
         grammars.released.set()
         for session in ("slow", "free"):
             await drafter.receive(Cancel(session=session, reason="over"))
-        await asyncio.wait_for(asyncio.gather(*serving), HANG_S)
+        await asyncio.wait_for(broker.server.handled(), HANG_S)
 
 
 async def test_a_session_cancelled_while_its_grammar_is_built_ends() -> None:
-    broker, grammars = RecordingBroker(), SlowGrammars()
-    drafting = replace(no_drafting(), grammars=grammars)  # type: ignore[arg-type]
-    options = DraftServingSettings(draft_source="none").options
-    drafter = Drafter("d1", "default", options, drafting, broker, None, None)  # type: ignore[arg-type]
-    await drafter.take_requests()
-    assert broker.requested is not None
-    serving = asyncio.ensure_future(broker.requested(builders.generate("slow", sampling=FOLLOWS)))
+    grammars = SlowGrammars()
+    drafter, broker, _ = await serving(grammars)
+    await request(broker, builders.generate("slow", sampling=FOLLOWS))
     await asyncio.sleep(0)
     assert drafter.session_ids == ["slow"]
     await drafter.receive(Cancel(session="slow", reason="over"))
     grammars.released.set()
-    await asyncio.wait_for(serving, HANG_S)
+    await asyncio.wait_for(broker.server.handled(), HANG_S)
     assert drafter.session_ids == []
+
+
+def session_of(message: Message) -> str:
+    """The session of a round."""
+    assert isinstance(message, Verify)
+    return message.session

@@ -11,6 +11,7 @@ from typing import cast, get_args
 
 import builders
 import pytest
+from memory_store import MemoryStore
 
 from services.drafter.control import Controller, ControlWeights
 from services.drafter.control.rules import RULES
@@ -84,14 +85,10 @@ def test_a_drafter_without_llguidance_drafts_without_grammars(monkeypatch: pytes
 
 
 async def test_an_ended_session_leaves_no_state_in_its_grammar() -> None:
-    class NoSessions:
-        async def read(self, session_ids: list[str]) -> list[None]:
-            return [None] * len(session_ids)
-
     settings = DrafterSettings(draft_source="lookup")
     drafting = load_drafting(settings)
     assert drafting.grammars is not None
-    broker, store = cast("Broker", None), cast("Store", NoSessions())
+    broker, store = cast("Broker", None), cast("Store", MemoryStore())
     drafter = Drafter("d1", "p", settings.options, drafting, broker, store, None)
     grammar = Grammar(text="start: /a+/", prompt_len=1)
     session = drafting.grammars.session("s", grammar)

@@ -15,8 +15,8 @@ from time import monotonic
 from typing import Any, NoReturn
 
 import builders
-import gateway_memory
 import httpx
+import memory_store
 import openai
 import pytest
 import structlog
@@ -906,7 +906,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._now_s = monotonic()
         self._looks = 0
-        for module in (sessions, silence, gateway_memory):
+        for module in (sessions, silence, memory_store):
             monkeypatch.setattr(module, "monotonic", lambda: self._now_s)
         monkeypatch.setattr(silence, "WATCH_INTERVAL_S", 0.005)
         forget = TurnOrder.forget
@@ -1082,11 +1082,11 @@ async def test_a_session_that_ends_while_it_is_stored_is_cancelled(
 
     monkeypatch.setattr(app.transport, "start", unconfirmed)
     asking = asyncio.create_task(app.chat())
-    await eventually(lambda: app.sessions.running == 1 and bool(app.services.sessions))
+    await eventually(lambda: app.sessions.running == 1 and bool(app.services.store.sessions))
     await app.sessions.drain(0)
     error = error_of(await asyncio.wait_for(asking, HANG_S), 503)
     assert error["code"] == "shutting_down"
-    await eventually(lambda: {one.status for one in app.services.sessions.values()} == {SessionStatus.CANCELLED})
+    await eventually(lambda: {one.status for one in app.services.store.sessions.values()} == {SessionStatus.CANCELLED})
 
 
 async def test_a_crash_is_a_500_with_openais_error_body(app: App) -> None:

@@ -109,8 +109,8 @@ async def test_another_keys_response_is_not_found(guarded: tuple[App, str]) -> N
     first = (await app.http.post("/v1/responses", json=BODY, headers=headers)).json()
     body = BODY | {"previous_response_id": first["id"]}
     assert (await app.http.post("/v1/responses", json=body, headers=headers)).status_code == 200
-    record = msgpack.unpackb(app.services.responses[first["id"]])
-    app.services.responses["resp_other"] = msgpack.packb(record | {"holder": "0123456789ab"})
+    record = msgpack.unpackb(app.services.store.responses[first["id"]])
+    app.services.store.responses["resp_other"] = msgpack.packb(record | {"holder": "0123456789ab"})
     other = BODY | {"previous_response_id": "resp_other"}
     error = error_of(await app.http.post("/v1/responses", json=other, headers=headers), 404)
     assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
@@ -227,10 +227,10 @@ async def test_only_stored_items_are_named_by_reference(guarded: tuple[App, str]
         (await app.http.post("/v1/responses", json=BODY | {"store": store}, headers=headers)).json()
         for store in (True, False)
     ]
-    record = msgpack.unpackb(app.services.responses[kept["id"]])
-    app.services.responses["resp_0123"] = msgpack.packb(record | {"holder": "0123456789ab"})
+    record = msgpack.unpackb(app.services.store.responses[kept["id"]])
+    app.services.store.responses["resp_0123"] = msgpack.packb(record | {"holder": "0123456789ab"})
     of_before = {name: value for name, value in record.items() if name != "output"}
-    app.services.responses["resp_4567"] = msgpack.packb(of_before)
+    app.services.store.responses["resp_4567"] = msgpack.packb(of_before)
 
     async def named(item_id: Any) -> httpx.Response:
         body = BODY | {"input": [{"type": "item_reference", "id": item_id}, {"role": "user", "content": "And?"}]}

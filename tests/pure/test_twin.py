@@ -13,6 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from broker_contract import Inbox
+from memory_broker import MemoryBroker
+from memory_store import MemoryStore
 from twins import STEP_MS, make_twin, profile_text
 
 from services.drafter.control import Controller, ControlWeights
@@ -32,9 +35,10 @@ from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
 from services.verifier.verify import verify
 from shared import cost
+from shared.broker import topology
 from shared.engine.steps import ChoiceRow, Step
 from shared.errors import ModelError, SettingsError
-from shared.messages import Heartbeat, Sampling
+from shared.messages import Sampling
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.twin.engine import TwinEngine
@@ -199,27 +203,16 @@ if loaded := {{"torch", "transformers"}} & sys.modules.keys():
 async def test_a_twin_announces_no_features_that_need_logits(
     twin: TwinFolder, has_logits: bool, features: list[str]
 ) -> None:
-    class Announced:
-        def __init__(self) -> None:
-            self.features: list[list[str]] = []
-
-        async def publish(self, heartbeat: Heartbeat, key: str) -> None:
-            self.features.append(heartbeat.features)
-
-        async def renew(self, verifier_id: str, lease: int) -> int:
-            return 0
-
-        async def beat(self, heartbeat: Heartbeat) -> None:
-            self.features.append(heartbeat.features)
-
-    engine, announced = TwinEngine(twin.path), Announced()
+    engine, broker, store, heartbeats = TwinEngine(twin.path), MemoryBroker(), MemoryStore(), Inbox()
     if has_logits:
         engine.has_logits = True
     sessions = SimpleNamespace(cached={})
-    thread = SimpleNamespace(broker=announced, registry=announced)
+    thread = SimpleNamespace(broker=broker, registry=store.registry)
     parts: list[Any] = [engine, sessions, None, None, thread]
+    await broker.consume(broker.topology.own_queue("scheduler", "s1", (topology.heartbeat("v"),)), heartbeats)
     await Membership("v", "f", *parts)._publish_heartbeat()
-    assert announced.features == [features, features]
+    (published, again), stored = [await heartbeats.next() for _ in range(2)], await store.registry.heartbeats()
+    assert [heartbeat.features for heartbeat in (published, again, *stored)] == [features] * 3
 
 
 def test_another_profile_is_another_model(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import builders
 import pytest
+from memory_store import MemoryStore
 from twins import make_twin
 
 from services.verifier.core.acceptance import Verdict
@@ -24,30 +25,11 @@ from services.verifier.sessions import SessionTable
 from services.verifier.shared_runs import SharedRunTable
 from services.verifier.steps import ModelSteps, StepWork
 from shared.messages import Job, RunGrant, Sampling
-from shared.state.sessions import Session, SessionStatus
 from shared.state.store import Store
 from shared.twin.engine import TwinEngine
 
 LEASE = 7
-PROMPT = [5, 6, 7]
 GRANT = RunGrant(tokens=8, ms=60_000.0)
-
-
-class ReadableStore:
-    """Sessions with the same prompt, as they are read from the store."""
-
-    async def read(self, session_ids: Sequence[str]) -> list[Session | None]:
-        return [
-            Session(
-                builders.stored_request(session_id, prompt_len=3, max_length=40),
-                SessionStatus.ACTIVE,
-                list(PROMPT),
-                0,
-                None,
-                0.0,
-            )
-            for session_id in session_ids
-        ]
 
 
 @asynccontextmanager
@@ -75,8 +57,12 @@ def thread(tmp_path: Path) -> Iterator[EngineThread]:
 
 
 @pytest.fixture
-def sessions(thread: EngineThread) -> SessionTable:
-    return SessionTable(cast("Store", ReadableStore()), thread)
+async def sessions(thread: EngineThread) -> SessionTable:
+    """The table of sessions, over a store that has all of them."""
+    store = MemoryStore()
+    for name in ("s", "run", "later", "gone", "stays", "forgotten", "fine"):
+        await store.create(builders.stored_request(name, max_tokens=37), builders.PROMPT)
+    return SessionTable(cast("Store", store), thread)
 
 
 @pytest.fixture
