@@ -14,8 +14,9 @@ from services.gateway.chat_form import ChatForm
 from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
 from services.gateway.errors import invalid
 from services.gateway.grammar_options import ResponseFormat
+from services.gateway.object_options import ContentPart
 from services.gateway.option_values import MAX_STOP_CHARACTERS, MAX_STOPS
-from services.gateway.schema import MAX_TOOLS, ChatMessage, ChatRequest, ContentPart
+from services.gateway.schema import MAX_TOOLS, ChatMessage, ChatRequest
 from services.gateway.tool_options import CalledFunction, Tool, ToolCall, ToolFunction, ToolName
 from shared.models.text import Tokenizer
 

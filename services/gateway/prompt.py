@@ -11,7 +11,8 @@ from typing import Any
 
 from services.gateway.core.reasoning import CLOSE, OPEN, TAGS
 from services.gateway.errors import ApiError, invalid
-from services.gateway.schema import ChatRequest, CompletionRequest, PredictionOption
+from services.gateway.object_options import PredictionOption
+from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.tools import conversation
 from shared.errors import ChatTemplateError, quoted
 from shared.models.text import Detokenizer, Tokenizer

@@ -1,7 +1,4 @@
-"""Requests: OpenAI's bodies with our own options and headers, checked.
-
-Unknown options are refused within our own object `wisp` only, since no other server has any there.
-"""
+"""Requests: OpenAI's bodies with our own options and headers, checked."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from services.drafter.sources.registry import CHOICES, SourceChoiceName
+from services.drafter.sources.registry import CHOICES
 from services.gateway.body import Body, Most, Whole, or_default, refuse
 from services.gateway.core.options import (
     CHAT_OPTIONS,
@@ -33,6 +30,7 @@ from services.gateway.core.options import (
 )
 from services.gateway.errors import invalid
 from services.gateway.grammar_options import GrammarOption, GrammarOptions
+from services.gateway.object_options import ContentPart, PredictionOption, StreamOptions, WispOptions
 from services.gateway.option_values import (
     Biases,
     Prompts,
@@ -128,55 +126,6 @@ class HeaderOptions:
                 raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {quoted(text)}", name)
             return value
         return None
-
-
-class StreamOptions(Body):
-    """OpenAI's `stream_options`."""
-
-    include_usage: Annotated[bool, or_default(False)] = False
-
-
-class WispOptions(Body, extra="forbid"):
-    """Our own options, under the key `wisp`."""
-
-    trace: Annotated[bool, or_default(False)] = False
-    """Add to each chunk the origin of its tokens and the costs of its rounds."""
-    draft: SourceChoiceName | None = None
-    """The draft source."""
-    pool: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """The pool of drafters."""
-    metrics: Annotated[bool, or_default(False)] = False
-    """Add vLLM's `metrics.speculative_decoding` to the answer."""
-    resumable: Annotated[bool, or_default(False)] = False
-    """Keep generating for a while after the client goes away, so that it can resume the stream."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, value: Any) -> Any:
-        for name in value if isinstance(value, dict) else ():
-            if name not in cls.model_fields:
-                text = {"option": name, "known": ", ".join(cls.model_fields)}
-                raise PydanticCustomError("unknown_option", "has no option {option}, but {known}", text)
-        return value
-
-
-class ContentPart(Body):
-    """One part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class PredictionOption(Body):
-    """OpenAI's `prediction`: the text that the client expects."""
-
-    type: Literal["content"]
-    content: str | list[ContentPart]
-
-    @property
-    def text(self) -> str:
-        """The text of all parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatMessage(Body):
