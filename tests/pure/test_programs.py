@@ -17,7 +17,8 @@ from typer.core import TyperGroup, TyperOption
 from typer.testing import CliRunner
 
 from services.tools.bench.support.options import run_program
-from services.tools.cli.main import Benchmark, app
+from services.tools.cli.main import app
+from services.tools.cli.other_programs import Benchmark
 from services.tools.cli.program import Program
 
 TOOLS = Path(__file__).parents[2] / "services/tools"
