@@ -15,7 +15,7 @@ import pytest
 from leftovers import descendants, leftovers
 from patience import HANG_S
 
-from services.tools.cli import doctor
+from services.tools.cli import doctor_servers
 from services.tools.local import servers
 from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis
 from services.tools.local.brokers import Brokers
@@ -67,7 +67,7 @@ async def test_a_redis_cluster_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BrokersError, match="WISP_REDIS_URL is a Redis Cluster"):
             await store.refuse_cluster()
         await store.close()
-        (_, finding) = await doctor._brokers(BrokerAddresses(amqp_url=None, redis_url=url), NOTHING)
+        (_, finding) = await doctor_servers.check_brokers(BrokerAddresses(amqp_url=None, redis_url=url), NOTHING)
         assert finding.state == "missing"
         assert "it is a Redis Cluster" in finding.found
     finally:

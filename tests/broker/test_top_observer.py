@@ -16,7 +16,7 @@ from link import link_to
 from patience import HANG_S
 from rich.console import Console
 
-from services.tools.cli import doctor
+from services.tools.cli import doctor_servers
 from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.suite_observer import SuiteObserver, live, now_ms, once_seen
@@ -76,7 +76,7 @@ async def test_doctor_reports_a_mixed_fleet_and_nothing_else(
 
     talk = asyncio.create_task(speak())
     try:
-        found = await doctor._fleet(BrokerAddresses(amqp_url=amqp_url))
+        found = await doctor_servers.check_fleet(BrokerAddresses(amqp_url=amqp_url))
     finally:
         talk.cancel()
     said = [(one.state, one.found) for one in found]
@@ -86,9 +86,9 @@ async def test_doctor_reports_a_mixed_fleet_and_nothing_else(
 
 async def test_doctor_asks_no_suite_where_none_runs(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_NAMESPACE", "nowhere")
-    monkeypatch.setattr(doctor, "running_suites", list)
-    assert await doctor._fleet(BrokerAddresses(amqp_url=amqp_url)) == []
-    assert await doctor._fleet(BrokerAddresses()) == []
+    monkeypatch.setattr(doctor_servers, "running_suites", list)
+    assert await doctor_servers.check_fleet(BrokerAddresses(amqp_url=amqp_url)) == []
+    assert await doctor_servers.check_fleet(BrokerAddresses()) == []
 
 
 async def test_a_snapshot_has_the_messages_and_takes_none_from_services(

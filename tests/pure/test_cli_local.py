@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 
 from services.baseline.settings import Baseline
 from services.drafter.sources.registry import SOURCES
-from services.tools.cli import doctor, suite_observer
+from services.tools.cli import doctor, doctor_servers, suite_observer
 from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.demo import busy_note
+from services.tools.cli.findings import Finding, short
 from services.tools.cli.main import app
 from services.tools.cli.stack_options import ServingChoice, draft_sources
 from services.tools.cli.suite_address import SuiteAddress
@@ -160,9 +161,9 @@ async def test_a_port_without_a_server_does_not_answer() -> None:
 
 async def test_doctor_gives_advice_for_each_broker() -> None:
     none = BrokerAddresses(amqp_url=None, redis_url=None)
-    rabbitmq, redis = await doctor._brokers(none, replace(BARE, container="podman"))
+    rabbitmq, redis = await doctor_servers.check_brokers(none, replace(BARE, container="podman"))
     assert (rabbitmq.state, redis.state) == ("ok", "ok")
-    rabbitmq, redis = await doctor._brokers(none, replace(BARE, root=True))
+    rabbitmq, redis = await doctor_servers.check_brokers(none, replace(BARE, root=True))
     assert (rabbitmq.state, redis.state) == ("note", "note")
     assert "apt-get install" in rabbitmq.advice
 
@@ -191,9 +192,11 @@ async def test_doctor_reports_whether_a_version_was_tested(
     async def check(*_: object) -> str:
         return server
 
-    monkeypatch.setattr(doctor, "check_rabbitmq", check)
-    monkeypatch.setattr(doctor, "check_redis", check)
-    for finding in await doctor._brokers(BrokerAddresses(amqp_url="amqp://here/", redis_url="redis://here/"), BARE):
+    monkeypatch.setattr(doctor_servers, "check_rabbitmq", check)
+    monkeypatch.setattr(doctor_servers, "check_redis", check)
+    for finding in await doctor_servers.check_brokers(
+        BrokerAddresses(amqp_url="amqp://here/", redis_url="redis://here/"), BARE
+    ):
         assert finding.state == ("ok" if tested else "note")
         assert finding.found.startswith(f"{server} ({'tested' if tested else 'not tested'})")
         assert tested or "WISP was tested with" in finding.advice
@@ -217,8 +220,8 @@ async def test_doctor_names_the_settings_that_a_cluster_needs(
     async def check(*_: object) -> str:
         return server
 
-    monkeypatch.setattr(doctor, "check_rabbitmq", check)
-    finding, _ = await doctor._brokers(BrokerAddresses(amqp_url=url, redis_url=None), BARE)
+    monkeypatch.setattr(doctor_servers, "check_rabbitmq", check)
+    finding, _ = await doctor_servers.check_brokers(BrokerAddresses(amqp_url=url, redis_url=None), BARE)
     assert finding.state == ("note" if advised else "ok")
     assert all(line in finding.advice for line in advised)
     assert bool(finding.advice) is bool(advised)
@@ -271,7 +274,7 @@ def test_doctor_names_the_installed_server(tmp_path: Path) -> None:
         program = tmp_path / "server"
         program.write_text(f"#!/bin/sh\necho '{answer}'\n")
         program.chmod(0o755)
-        assert doctor._redis_version(program) == name
+        assert doctor_servers._redis_version(program) == name
 
 
 def test_doctor_checks_the_target_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +293,7 @@ def test_doctor_checks_the_target_that_the_environment_names(tmp_path: Path, mon
 async def test_doctor_reports_a_given_server_that_does_not_answer() -> None:
     (port,) = free_ports(1)
     given = BrokerAddresses(amqp_url=f"amqp://me:secret@127.0.0.1:{port}/", redis_url=f"redis://127.0.0.1:{port}/0")
-    findings = await doctor._brokers(given, BARE)
+    findings = await doctor_servers.check_brokers(given, BARE)
     assert [finding.state for finding in findings] == ["missing", "missing"]
     assert "secret" not in str(findings)
 
@@ -298,15 +301,15 @@ async def test_doctor_reports_a_given_server_that_does_not_answer() -> None:
 @pytest.mark.parametrize("other", ["wisp-1", "torch 2.13, cpu AVX2"])
 async def test_doctor_reports_a_mixed_fleet_and_no_uniform_one(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     async def observed(suite: SuiteAddress, seconds: float) -> SuiteSnapshot:
-        assert (suite.namespace, suite.amqp_url, seconds) == ("mine", "amqp://here/", doctor.HEARTBEATS_S)
+        assert (suite.namespace, suite.amqp_url, seconds) == ("mine", "amqp://here/", doctor_servers.HEARTBEATS_S)
         watch = SuiteWatch(0.0)
         for name, arithmetic in (("v1", "wisp-1"), ("v2", other)):
             watch.feed(builders.heartbeat(name, arithmetic=arithmetic), 0.0)
         return watch.snapshot(1.0)
 
     monkeypatch.setattr(suite_observer, "observed", observed)
-    monkeypatch.setattr(doctor, "running_suites", lambda: [RunningSuite("mine", "amqp://here/")])
-    found = [(one.state, one.found) for one in await doctor._fleet(BrokerAddresses(amqp_url=None))]
+    monkeypatch.setattr(doctor_servers, "running_suites", lambda: [RunningSuite("mine", "amqp://here/")])
+    found = [(one.state, one.found) for one in await doctor_servers.check_fleet(BrokerAddresses(amqp_url=None))]
     mixed = [("note", f"of different arithmetic in mine: v1: wisp-1; v2: {other}")]
     assert found == ([] if other == "wisp-1" else mixed)
 
@@ -314,9 +317,9 @@ async def test_doctor_reports_a_mixed_fleet_and_no_uniform_one(monkeypatch: pyte
 async def test_a_check_of_doctor_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     release, begun = threading.Event(), list[str]()
 
-    def hangs() -> Iterator[doctor.Finding]:
+    def hangs() -> Iterator[Finding]:
         release.wait()
-        yield doctor.Finding("torch", "ok", "too late")
+        yield Finding("torch", "ok", "too late")
 
     monkeypatch.setattr(doctor, "_torch", hangs)
     monkeypatch.setattr(doctor, "CHECK_S", 0.2)
@@ -362,13 +365,13 @@ async def test_doctor_reports_a_pool_without_drafters(monkeypatch: pytest.Monkey
         return watch.snapshot(1.0)
 
     monkeypatch.setattr(suite_observer, "observed", observed)
-    monkeypatch.setattr(doctor, "running_suites", lambda: [RunningSuite("mine", "amqp://here/")])
+    monkeypatch.setattr(doctor_servers, "running_suites", lambda: [RunningSuite("mine", "amqp://here/")])
     watch.feed(builders.drafter_heartbeat("s1.pool", sessions=3, drafts=False), 0.0)
-    (found,) = await doctor._fleet(BrokerAddresses(amqp_url=None))
+    (found,) = await doctor_servers.check_fleet(BrokerAddresses(amqp_url=None))
     assert (found.state, found.part) == ("note", "drafters")
     assert found.found == "none in default pool of mine: schedulers decode its sessions without drafts"
     watch.feed(builders.drafter_heartbeat("d1"), 0.0)
-    assert await doctor._fleet(BrokerAddresses(amqp_url=None)) == []
+    assert await doctor_servers.check_fleet(BrokerAddresses(amqp_url=None)) == []
 
 
 @pytest.mark.parametrize("error", [BrokersError("away"), SettingsError("there is no suite")])
@@ -379,8 +382,8 @@ async def test_doctor_reports_no_suite_that_it_cannot_observe(
         raise error
 
     monkeypatch.setattr(suite_observer, "observed", observed)
-    monkeypatch.setattr(doctor, "running_suites", list)
-    assert await doctor._fleet(BrokerAddresses(amqp_url="amqp://here/")) == []
+    monkeypatch.setattr(doctor_servers, "running_suites", list)
+    assert await doctor_servers.check_fleet(BrokerAddresses(amqp_url="amqp://here/")) == []
 
 
 def test_doctor_as_json_names_every_part() -> None:
@@ -392,10 +395,10 @@ def test_doctor_as_json_names_every_part() -> None:
 def test_doctor_shortens_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert doctor.short(tmp_path / "a" / "b") == "a/b"
+    assert short(tmp_path / "a" / "b") == "a/b"
     monkeypatch.chdir("/")
-    assert doctor.short(tmp_path / "home" / "b") == "~/b"
-    assert doctor.short(tmp_path / "c") == str(tmp_path / "c")
+    assert short(tmp_path / "home" / "b") == "~/b"
+    assert short(tmp_path / "c") == str(tmp_path / "c")
 
 
 def test_a_busy_port_is_refused_before_anything_starts() -> None:
