@@ -18,7 +18,8 @@ from services.tools.cli.replay.timeline_view import timeline_view
 from services.tools.replayer.core.batches import recorded_batches
 from services.tools.replayer.core.performance import Performance, recorded_performance
 from services.tools.replayer.core.sessions import read_sessions
-from services.tools.replayer.core.timeline import Phase, Timeline, timeline
+from services.tools.replayer.core.timeline import timeline
+from services.tools.replayer.core.timeline_records import Phase, Timeline
 from services.tools.replayer.core.trace import trace_events
 from services.tools.replayer.core.traffic import RecordedDraft, RecordedRequest, RecordedTraffic, recorded_traffic
 from services.tools.replayer.core.what_if import DraftPlan, what_if

@@ -15,7 +15,8 @@ from services.tools.cli.replay.timeline_view import session_table, timeline_fiel
 from services.tools.replayer.core.recording import RecordingError
 from services.tools.replayer.core.selection import find_session, select_sessions, session_ids_of
 from services.tools.replayer.core.sessions import read_sessions
-from services.tools.replayer.core.timeline import Phase, Timeline, timeline
+from services.tools.replayer.core.timeline import timeline
+from services.tools.replayer.core.timeline_records import Phase, Timeline
 from services.tools.replayer.times import parse_time_ms
 from shared.messages import Cancel, Ended, Failure, Generate, Message, Result, Status, Verify, encode
 

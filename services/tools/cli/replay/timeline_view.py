@@ -14,7 +14,7 @@ from rich.text import Text
 from services.tools.cli.core.answer_rounds import AnswerRound, picture
 from services.tools.cli.core.suite_view import short
 from services.tools.cli.core.text_parts import DraftStyle, TextPart, counted, printable
-from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, RunReportTime, RunTime, Timeline
+from services.tools.replayer.core.timeline_records import BatchTime, Phase, RoundTime, RunReportTime, RunTime, Timeline
 from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
 

@@ -9,6 +9,7 @@ __all__ = [
     "selection",
     "sessions",
     "timeline",
+    "timeline_records",
     "trace",
     "traffic",
     "what_if",
