@@ -17,7 +17,7 @@ from services.gateway.schema import NO_DEFAULTS
 from services.gateway.sessions import Sessions
 from services.gateway.settings import ApiSettings
 from services.gateway.transport import Transport
-from shared.models.folder import SamplingDefaults
+from shared.models.generation import SamplingDefaults
 
 
 class Upstream(Protocol):

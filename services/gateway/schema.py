@@ -56,7 +56,7 @@ from shared.messages import (
     Logprobs,
     Sampling,
 )
-from shared.models.folder import SamplingDefaults
+from shared.models.generation import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
 MAX_TOOLS = 128

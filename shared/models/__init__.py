@@ -8,6 +8,7 @@ __all__ = [
     "description",
     "families",
     "folder",
+    "generation",
     "gguf_file",
     "gguf_llama",
     "hidden_states",

