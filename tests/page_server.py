@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import builders
+from gateway_app import App
 from gateway_peer import results_of
-from test_gateway_app import App
 
 from services.gateway.app import create_app
 from services.gateway.page.feed import FleetFeed

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from test_gateway_app import HELLO, MODEL
+from gateway_app import HELLO, MODEL
 
 from services.gateway.body import parse
 from services.gateway.chat_form import ChatForm

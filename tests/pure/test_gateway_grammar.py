@@ -10,8 +10,8 @@ from typing import Any
 
 import pydantic
 import pytest
+from gateway_app import HELLO, MODEL, App, error_of
 from gateway_peer import Script
-from test_gateway_app import HELLO, MODEL, App, error_of
 from test_gateway_tools import HERMES_TEMPLATE, WEATHER, client, served
 
 from services.gateway.body import parse
@@ -32,7 +32,7 @@ JSON_TEXT = '{"city": "Bonn", "days": 3}'
 
 @pytest.fixture(autouse=True)
 def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_gateway_app.CONTEXT", 4096)
+    monkeypatch.setattr("gateway_app.CONTEXT", 4096)
 
 
 @pytest.fixture

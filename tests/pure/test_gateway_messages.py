@@ -15,9 +15,9 @@ import anthropic
 import httpx
 import httpx2
 import pytest
+from gateway_app import MODEL, THINKING, App, thinking_app
 from gateway_peer import Script
 from pydantic import BaseModel
-from test_gateway_app import MODEL, THINKING, App, app, folder, guarded, thinking_app  # noqa: F401 fixtures
 from test_gateway_tools import CALL, HERMES_CALL, HERMES_TEMPLATE, ROOM, WEATHER, prompt_of, served
 
 from services.gateway.core.reasoning import TAGS
@@ -34,7 +34,7 @@ BOTH = "Let me look.\n" + "\n".join([HERMES_CALL.partition("\n")[2]] * 2)
 """Text, and two calls."""
 
 
-def client_of(app: App) -> anthropic.AsyncAnthropic:  # noqa: F811
+def client_of(app: App) -> anthropic.AsyncAnthropic:
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app.asgi))
     return anthropic.AsyncAnthropic(api_key="none", base_url="http://127.0.0.1:8000", http_client=http, max_retries=0)
 
@@ -42,7 +42,7 @@ def client_of(app: App) -> anthropic.AsyncAnthropic:  # noqa: F811
 @pytest.fixture
 async def hermes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[App]:
     """A gateway whose template shows tools."""
-    monkeypatch.setattr("test_gateway_app.CONTEXT", ROOM)
+    monkeypatch.setattr("gateway_app.CONTEXT", ROOM)
     async for one in served(tmp_path, HERMES_TEMPLATE):
         yield one
 
@@ -58,7 +58,7 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     return found
 
 
-async def test_a_message_is_answered(app: App) -> None:  # noqa: F811
+async def test_a_message_is_answered(app: App) -> None:
     answer = (await app.http.post("/v1/messages", json=BODY)).json()
     assert answer["id"].startswith("msg_")
     del answer["id"]
@@ -86,7 +86,7 @@ async def test_a_message_is_answered(app: App) -> None:  # noqa: F811
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_end_has_its_reason(
-    app: App,  # noqa: F811
+    app: App,
     options: dict[str, Any],
     text: str,
     reason: str,
@@ -104,7 +104,7 @@ async def test_the_end_has_its_reason(
     assert (found, end["stop_reason"], end["stop_sequence"]) == (text, reason, sequence)
 
 
-async def test_a_stream_has_the_events_in_order(app: App) -> None:  # noqa: F811
+async def test_a_stream_has_the_events_in_order(app: App) -> None:
     events = events_of(await app.http.post("/v1/messages", json=BODY | {"stream": True}))
     kinds = [event["type"] for event in events]
     deltas = kinds.count("content_block_delta")
@@ -122,7 +122,7 @@ async def test_a_stream_has_the_events_in_order(app: App) -> None:  # noqa: F811
     assert events[-2]["usage"] == {"output_tokens": len(app.script.text)}
 
 
-async def test_an_empty_answer_has_an_empty_block(app: App) -> None:  # noqa: F811
+async def test_an_empty_answer_has_an_empty_block(app: App) -> None:
     app.script = Script("")
     assert (await app.http.post("/v1/messages", json=BODY)).json()["content"] == [{"type": "text", "text": ""}]
     kinds = [one["type"] for one in events_of(await app.http.post("/v1/messages", json=BODY | {"stream": True}))]
@@ -149,7 +149,7 @@ async def test_reasoning_is_a_thinking_block(tmp_path: Path, stream: bool) -> No
         assert {part["type"] for part in parts} == {f"{kind}_delta"}
 
 
-async def test_an_answer_continues_the_assistants_last_message(app: App) -> None:  # noqa: F811
+async def test_an_answer_continues_the_assistants_last_message(app: App) -> None:
     messages = [*BODY["messages"], {"role": "assistant", "content": "Well,"}]
     system = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     await app.http.post("/v1/messages", json=BODY | {"messages": messages, "system": system})
@@ -158,7 +158,7 @@ async def test_an_answer_continues_the_assistants_last_message(app: App) -> None
     assert prompt.endswith("Well,")
 
 
-async def test_tokens_are_counted(app: App) -> None:  # noqa: F811
+async def test_tokens_are_counted(app: App) -> None:
     body = {name: BODY[name] for name in ("model", "messages")}
     answer = await app.http.post("/v1/messages/count_tokens", json=body)
     assert answer.json() == {"input_tokens": len(app.tokenizer.render_chat(BODY["messages"]))}
@@ -182,7 +182,7 @@ async def test_tokens_are_counted(app: App) -> None:  # noqa: F811
         ),
     ],
 )
-async def test_errors_have_anthropics_body(app: App, body: Any, status: int, kind: str, text: str) -> None:  # noqa: F811
+async def test_errors_have_anthropics_body(app: App, body: Any, status: int, kind: str, text: str) -> None:
     response = await app.http.post("/v1/messages", json=body)
     assert response.status_code == status
     found = response.json()
@@ -230,7 +230,7 @@ async def test_errors_have_anthropics_body(app: App, body: Any, status: int, kin
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
-async def test_a_wrong_option_is_named(app: App, path: str, options: dict[str, Any], param: str) -> None:  # noqa: F811
+async def test_a_wrong_option_is_named(app: App, path: str, options: dict[str, Any], param: str) -> None:
     response = await app.http.post(path, json=BODY | options)
     if path.endswith("count_tokens") and "max_tokens" in options:
         assert response.status_code == 200, "it has no effect on the number of tokens"
@@ -240,7 +240,7 @@ async def test_a_wrong_option_is_named(app: App, path: str, options: dict[str, A
     assert message.partition(" ")[0].rstrip(":") == param
 
 
-async def test_numbers_may_be_written_with_a_fraction_of_zero(app: App) -> None:  # noqa: F811
+async def test_numbers_may_be_written_with_a_fraction_of_zero(app: App) -> None:
     answer = await app.http.post("/v1/messages", json=BODY | {"max_tokens": 3.0, "top_k": 5.0})
     assert answer.json()["content"][0]["text"] == "Hel"
     assert app.generated[-1].sampling.top_k == 5
@@ -293,7 +293,7 @@ async def test_a_call_with_a_number_beyond_floats_has_the_largest_one(hermes: Ap
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_call_that_was_cut_off_has_its_beginning(app: App, stream: bool) -> None:  # noqa: F811
+async def test_a_call_that_was_cut_off_has_its_beginning(app: App, stream: bool) -> None:
     app.script = Script('{"name": "get_weather", "arguments": {"city": "Bonn", "days": 3}}', round_len=3)
     body = ASKED | {"max_tokens": 55}
     if stream:
@@ -388,7 +388,7 @@ async def test_required_calls_follow_a_grammar_of_the_tools(hermes: App) -> None
         assert hermes.generated[-1].sampling.grammar == asked
 
 
-async def test_a_tool_that_was_not_offered_is_an_ordinary_answer(app: App) -> None:  # noqa: F811
+async def test_a_tool_that_was_not_offered_is_an_ordinary_answer(app: App) -> None:
     app.script = Script(CALL.replace("get_weather", "other"))
     answer = (await app.http.post("/v1/messages", json=ASKED)).json()
     assert [block["type"] for block in answer["content"]] == ["text"]
@@ -424,7 +424,7 @@ async def test_the_budget_of_thinking_is_a_rule_of_the_session(tmp_path: Path) -
     assert thinker.generated[-1].sampling.rules is None
 
 
-async def test_thinking_that_cannot_be_switched_is_refused(app: App, tmp_path: Path) -> None:  # noqa: F811
+async def test_thinking_that_cannot_be_switched_is_refused(app: App, tmp_path: Path) -> None:
     always = await thinking_app(tmp_path, THINKING.replace("enable_thinking", "message"))
     always.script = Script("<think>why</think>so")
     for one, kind, status in (
@@ -443,7 +443,7 @@ class City(BaseModel):
     name: str
 
 
-async def test_the_official_client_parses_structured_output(app: App) -> None:  # noqa: F811
+async def test_the_official_client_parses_structured_output(app: App) -> None:
     app.script = Script('{"name": "Bonn"}')
     answer = await client_of(app).messages.parse(**BODY, output_format=City)
     assert answer.parsed_output == City(name="Bonn")
@@ -466,28 +466,28 @@ async def test_the_official_client_parses_structured_output(app: App) -> None:  
         ({"effort": "none"}, "output_config.effort"),
     ],
 )
-async def test_a_wrong_form_is_named(app: App, config: dict[str, Any], param: str) -> None:  # noqa: F811
+async def test_a_wrong_form_is_named(app: App, config: dict[str, Any], param: str) -> None:
     response = await app.http.post("/v1/messages", json=BODY | {"output_config": config})
     assert response.status_code == 400
     assert response.json()["error"]["message"].partition(" ")[0].rstrip(":") == param
 
 
-async def test_the_official_client_knows_the_errors(app: App) -> None:  # noqa: F811
+async def test_the_official_client_knows_the_errors(app: App) -> None:
     with pytest.raises(anthropic.NotFoundError):
         await client_of(app).messages.create(**BODY | {"model": "other"})
     with pytest.raises(anthropic.BadRequestError, match="typical_p is not supported here"):
         await client_of(app).messages.create(**BODY, extra_body={"typical_p": 0.5})
 
 
-async def test_an_error_in_a_stream_is_an_event(app: App) -> None:  # noqa: F811
+async def test_an_error_in_a_stream_is_an_event(app: App) -> None:
     app.script = Script("Hello there", failure_after=2)
     events = events_of(await app.http.post("/v1/messages", json=BODY | {"stream": True}))
     assert events[-1]["type"] == "error"
     assert events[-1]["error"]["type"] == "api_error"
 
 
-async def test_the_key_may_be_in_anthropics_header(guarded: tuple[App, str]) -> None:  # noqa: F811
-    app, key = guarded  # noqa: F811
+async def test_the_key_may_be_in_anthropics_header(guarded: tuple[App, str]) -> None:
+    app, key = guarded
     refused = await app.http.post("/v1/messages", json=BODY)
     assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
     assert (await app.http.post("/v1/messages", json=BODY, headers={"x-api-key": key})).status_code == 200

@@ -13,6 +13,7 @@ import pytest
 import schemathesis
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from gateway_app import HELLO, MODEL, App
 from gateway_peer import Script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -24,7 +25,6 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from test_gateway_app import HELLO, MODEL, App, app, folder, guarded  # noqa: F401 fixtures
 from test_gateway_tools import WEATHER
 from test_gateway_tools import served as served_with_tools
 
@@ -111,8 +111,8 @@ def test_keys_are_required_where_the_gateway_requires_them() -> None:
     assert document("1", keys=True)["security"] == [{"key": []}]
 
 
-async def test_open_paths_need_no_key_and_all_others_do(guarded: tuple[App, str]) -> None:  # noqa: F811
-    app, _ = guarded  # noqa: F811
+async def test_open_paths_need_no_key_and_all_others_do(guarded: tuple[App, str]) -> None:
+    app, _ = guarded
     described = (await app.http.get("/openapi.json")).json()
     for path, methods in described["paths"].items():
         for method, one in methods.items():
@@ -120,7 +120,7 @@ async def test_open_paths_need_no_key_and_all_others_do(guarded: tuple[App, str]
             assert refused == ("401" in one["responses"]) == (one.get("security") != []), (method, path)
 
 
-def test_routes_without_a_description_are_those_of_the_page(app: App) -> None:  # noqa: F811
+def test_routes_without_a_description_are_those_of_the_page(app: App) -> None:
     inner: Any = app.asgi
     while not isinstance(inner, FastAPI):
         inner = inner._app
@@ -132,7 +132,7 @@ def test_routes_without_a_description_are_those_of_the_page(app: App) -> None:  
 
 
 async def test_calls_of_tools_are_those_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_gateway_app.CONTEXT", 4096)
+    monkeypatch.setattr("gateway_app.CONTEXT", 4096)
     async for one in served_with_tools(tmp_path):
         one.script = Script('{"name": "get_weather", "arguments": {"city": "Bonn"}}')
         answer = (await one.chat(tools=[WEATHER])).json()
@@ -142,7 +142,7 @@ async def test_calls_of_tools_are_those_of_the_document(tmp_path: Path, monkeypa
         assert list(problems(answer, {"$ref": "ChatCompletion"}))
 
 
-async def test_every_route_is_in_the_document(app: App) -> None:  # noqa: F811
+async def test_every_route_is_in_the_document(app: App) -> None:
     served = (await app.http.get("/openapi.json")).json()
     assert served["paths"] == DOCUMENT["paths"]
     for path, methods in served["paths"].items():
@@ -182,7 +182,7 @@ REQUESTS: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
-async def test_answers_are_those_of_the_document(app: App, method: str, path: str, body: Any) -> None:  # noqa: F811
+async def test_answers_are_those_of_the_document(app: App, method: str, path: str, body: Any) -> None:
     response = await app.http.request(method, path, json=body) if body is not None else await app.http.get(path)
     described = operation(method, path)
     assert str(response.status_code) in described["responses"]
@@ -239,7 +239,7 @@ def requests_of(group: tuple[str, str, int], mode: GenerationMode) -> st.SearchS
     return drawn(path, "post", body, mode)
 
 
-async def check(app: App, case: Case) -> None:  # noqa: F811
+async def check(app: App, case: Case) -> None:
     """Send a request, and check that the document describes its answer."""
     sent = case.as_transport_kwargs(base_url="http://127.0.0.1:8000")
     response = await app.http.request(
@@ -260,7 +260,7 @@ async def check(app: App, case: Case) -> None:  # noqa: F811
 @some
 @given(data=st.data())
 async def test_any_body_has_a_documented_answer(
-    app: App,  # noqa: F811
+    app: App,
     group: tuple[str, str, int],
     mode: GenerationMode,
     data: st.DataObject,
@@ -271,6 +271,6 @@ async def test_any_body_has_a_documented_answer(
 @pytest.mark.slow
 @some
 @given(data=st.data())
-async def test_all_that_is_read_has_a_documented_answer(app: App, data: st.DataObject) -> None:  # noqa: F811
+async def test_all_that_is_read_has_a_documented_answer(app: App, data: st.DataObject) -> None:
     for path, method in READS:
         await check(app, data.draw(drawn(path, method, None, GenerationMode.POSITIVE)))

@@ -13,11 +13,11 @@ from pathlib import Path
 import builders
 import httpx
 import pytest
-from gateway_peer import eventually, tiny_target
+from gateway_app import App
+from gateway_peer import eventually
 from page_server import MadeUpFleet, PacedApp, served
 from pages import pages
 from patience import HANG_S
-from test_gateway_app import App
 
 from services.gateway.keys import new_key, render
 from services.gateway.openapi import document
@@ -33,11 +33,6 @@ HTML = (STATIC / "index.html").read_text()
 FRAME = ("/", "/docs", "/openapi.json", "/page/icon.svg", "/page/page.css")
 """Links of every page."""
 SCRIPTS = {path.name: path.read_text() for path in FILES if path.suffix == ".js"}
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return tiny_target(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import httpx
 import msgpack
 import openai
 import pytest
+from gateway_app import MODEL, THINKING, App, error_of
 from gateway_peer import Script, tiny_target
 from pydantic import BaseModel
-from test_gateway_app import MODEL, THINKING, App, app, error_of, folder, guarded  # noqa: F401 fixtures
 from test_gateway_tools import HERMES_TEMPLATE, served
 
 from shared.errors import BrokersError
@@ -23,15 +23,15 @@ TOOL: dict[str, Any] = {"type": "function", "name": "add", "parameters": {"type"
 CALL = '{"name": "add", "arguments": {"a": 1}}'
 
 
-def client_of(app: App) -> openai.AsyncOpenAI:  # noqa: F811
+def client_of(app: App) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(api_key="none", base_url="http://127.0.0.1:8000/v1", http_client=app.http, max_retries=0)
 
 
-async def post(app: App, **options: Any) -> httpx.Response:  # noqa: F811
+async def post(app: App, **options: Any) -> httpx.Response:
     return await app.http.post("/v1/responses", json=BODY | options)
 
 
-async def test_the_official_client_reads_an_answer(app: App) -> None:  # noqa: F811
+async def test_the_official_client_reads_an_answer(app: App) -> None:
     answer = await client_of(app).responses.create(
         model=MODEL, input="Hi", instructions="Be brief.", metadata={"a": "b"}
     )
@@ -44,7 +44,7 @@ async def test_the_official_client_reads_an_answer(app: App) -> None:  # noqa: F
     assert app.generated[-1].prompt == app.tokenizer.render_chat(messages)
 
 
-async def test_the_official_client_reads_a_stream(app: App) -> None:  # noqa: F811
+async def test_the_official_client_reads_a_stream(app: App) -> None:
     stream = await client_of(app).responses.create(model=MODEL, input="Hi", stream=True)
     events = [event async for event in stream]
     kinds = [event.type for event in events]
@@ -71,7 +71,7 @@ async def test_the_official_client_reads_a_stream(app: App) -> None:  # noqa: F8
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_cut_answer_is_incomplete(app: App, stream: bool) -> None:  # noqa: F811
+async def test_a_cut_answer_is_incomplete(app: App, stream: bool) -> None:
     response = await post(app, max_output_tokens=3, stream=stream)
     body = last_event(response)["response"] if stream else response.json()
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
@@ -84,7 +84,7 @@ def last_event(response: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_conversation_goes_on_from_a_stored_response(app: App, stream: bool) -> None:  # noqa: F811
+async def test_a_conversation_goes_on_from_a_stored_response(app: App, stream: bool) -> None:
     first = await post(app, stream=stream, instructions="Be brief.")
     first_id = (last_event(first)["response"] if stream else first.json())["id"]
     await post(app, input="And?", previous_response_id=first_id)
@@ -96,15 +96,15 @@ async def test_a_conversation_goes_on_from_a_stored_response(app: App, stream: b
     assert app.generated[-1].prompt == app.tokenizer.render_chat(conversation), "instructions are not carried over"
 
 
-async def test_only_stored_responses_go_on(app: App) -> None:  # noqa: F811
+async def test_only_stored_responses_go_on(app: App) -> None:
     first = (await post(app, store=False)).json()
     for unknown in (first["id"], "resp_none", "x" * 5000):
         error = error_of(await post(app, previous_response_id=unknown), 404)
         assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
 
 
-async def test_another_keys_response_is_not_found(guarded: tuple[App, str]) -> None:  # noqa: F811
-    app, key = guarded  # noqa: F811
+async def test_another_keys_response_is_not_found(guarded: tuple[App, str]) -> None:
+    app, key = guarded
     headers = {"authorization": f"Bearer {key}"}
     first = (await app.http.post("/v1/responses", json=BODY, headers=headers)).json()
     body = BODY | {"previous_response_id": first["id"]}
@@ -117,7 +117,7 @@ async def test_another_keys_response_is_not_found(guarded: tuple[App, str]) -> N
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_tools_are_called_and_answered(app: App, stream: bool) -> None:  # noqa: F811
+async def test_tools_are_called_and_answered(app: App, stream: bool) -> None:
     app.script = Script(CALL, round_len=3)
     response = await post(app, tools=[TOOL], stream=stream)
     body = last_event(response)["response"] if stream else response.json()
@@ -187,7 +187,7 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
         ({"input": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     ],
 )
-async def test_what_is_not_supported_is_refused(app: App, options: dict[str, Any], param: str) -> None:  # noqa: F811
+async def test_what_is_not_supported_is_refused(app: App, options: dict[str, Any], param: str) -> None:
     assert error_of(await post(app, **options), 400)["param"] == param
 
 
@@ -208,7 +208,7 @@ async def test_each_item_of_an_answer_has_an_id_of_its_own(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_items_are_named_by_reference(app: App, stream: bool) -> None:  # noqa: F811
+async def test_items_are_named_by_reference(app: App, stream: bool) -> None:
     app.script = Script(CALL, round_len=3)
     response = await post(app, tools=[TOOL], stream=stream)
     (call,) = (last_event(response)["response"] if stream else response.json())["output"]
@@ -220,8 +220,8 @@ async def test_items_are_named_by_reference(app: App, stream: bool) -> None:  # 
     assert app.generated[-1].prompt == app.generated[-2].prompt
 
 
-async def test_only_stored_items_are_named_by_reference(guarded: tuple[App, str]) -> None:  # noqa: F811
-    app, key = guarded  # noqa: F811
+async def test_only_stored_items_are_named_by_reference(guarded: tuple[App, str]) -> None:
+    app, key = guarded
     headers = {"authorization": f"Bearer {key}"}
     kept, left = [
         (await app.http.post("/v1/responses", json=BODY | {"store": store}, headers=headers)).json()
@@ -247,7 +247,7 @@ class City(BaseModel):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_official_client_parses_structured_output(app: App, stream: bool) -> None:  # noqa: F811
+async def test_the_official_client_parses_structured_output(app: App, stream: bool) -> None:
     app.script = Script('{"name": "Bonn"}')
     client = client_of(app)
     if stream:
@@ -272,19 +272,19 @@ async def test_the_official_client_parses_structured_output(app: App, stream: bo
 
 
 @pytest.mark.parametrize(("kind", "has_grammar"), [("text", False), ("json_object", True)])
-async def test_formats_without_a_schema(app: App, kind: str, has_grammar: bool) -> None:  # noqa: F811
+async def test_formats_without_a_schema(app: App, kind: str, has_grammar: bool) -> None:
     answer = await post(app, text={"format": {"type": kind}})
     assert answer.json()["text"] == {"format": {"type": kind}}
     assert (app.generated[-1].sampling.grammar is not None) == has_grammar
 
 
-async def test_numbers_may_be_written_with_a_fraction_of_zero(app: App) -> None:  # noqa: F811
+async def test_numbers_may_be_written_with_a_fraction_of_zero(app: App) -> None:
     answer = (await post(app, max_output_tokens=3.0, seed=7.0)).json()
     assert answer["output"][0]["content"][0]["text"] == "Hel"
     assert app.generated[-1].sampling.seed == 7
 
 
-async def test_a_named_tool_is_called_by_a_grammar(app: App) -> None:  # noqa: F811
+async def test_a_named_tool_is_called_by_a_grammar(app: App) -> None:
     app.script = Script(CALL)
     answer = await client_of(app).responses.create(
         model=MODEL,
@@ -298,7 +298,7 @@ async def test_a_named_tool_is_called_by_a_grammar(app: App) -> None:  # noqa: F
     assert error_of(refused, 400)["param"] == "tool_choice"
 
 
-async def test_an_answer_that_cannot_be_stored_fails(app: App, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+async def test_an_answer_that_cannot_be_stored_fails(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     async def away(response_id: str, body: bytes) -> None:
         raise BrokersError("Redis is away")
 

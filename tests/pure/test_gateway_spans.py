@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gateway_app import HELLO, MODEL, App, error_of
 from gateway_peer import Script
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from otlp import Recorded, recording
-from test_gateway_app import HELLO, MODEL, App, app, error_of, folder  # noqa: F401 fixtures
 
 from shared.messages import Failure
 from shared.models.folder import ModelFolder
@@ -37,7 +37,7 @@ def request_span(spans: Recorded) -> ReadableSpan:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_chat(app: App, spans: Recorded, stream: bool) -> None:  # noqa: F811
+async def test_a_chat(app: App, spans: Recorded, stream: bool) -> None:
     options = {"stream": stream, "n": 2, "max_tokens": 50, "temperature": 0.5, "seed": 3}
     response = await app.http.post("/v1/chat/completions", json=HELLO | options, headers=TRACEPARENT)
     assert response.status_code == 200
@@ -69,7 +69,7 @@ async def test_a_chat(app: App, spans: Recorded, stream: bool) -> None:  # noqa:
     assert not any("Hi" in text or app.script.text in text for text in texts)
 
 
-async def test_a_refused_request(folder: ModelFolder, spans: Recorded) -> None:  # noqa: F811
+async def test_a_refused_request(folder: ModelFolder, spans: Recorded) -> None:
     error_of(await App(folder, max_sessions=2).chat(n=3), 429)
     assert attributes(request_span(spans))["http.response.status_code"] == 429
     (admission,) = spans.named("admission")
@@ -77,14 +77,14 @@ async def test_a_refused_request(folder: ModelFolder, spans: Recorded) -> None: 
     assert spans.named("completion") == []
 
 
-async def test_a_bad_request(app: App, spans: Recorded) -> None:  # noqa: F811
+async def test_a_bad_request(app: App, spans: Recorded) -> None:
     error_of(await app.chat(max_tokens="many"), 400)
     (request,) = spans.ended
     assert (request.name, attributes(request)["http.response.status_code"]) == ("POST /v1/chat/completions", 400)
     assert request.status.status_code is StatusCode.UNSET, "the client's fault"
 
 
-async def test_a_session_that_fails(app: App, spans: Recorded) -> None:  # noqa: F811
+async def test_a_session_that_fails(app: App, spans: Recorded) -> None:
     app.script = Script(failure=Failure(code="session_gone", message="lost"))
     assert (await app.chat()).status_code >= 500
     request, (completion,) = request_span(spans), spans.named("completion")
@@ -93,7 +93,7 @@ async def test_a_session_that_fails(app: App, spans: Recorded) -> None:  # noqa:
     assert attributes(request)["gen_ai.response.finish_reasons"] == ("error",)
 
 
-async def test_a_resumed_stream_has_a_link_to_the_first_request(app: App, spans: Recorded) -> None:  # noqa: F811
+async def test_a_resumed_stream_has_a_link_to_the_first_request(app: App, spans: Recorded) -> None:
     body = HELLO | {"stream": True, "wisp": {"resumable": True}}
     first = (await app.http.post("/v1/chat/completions", json=body, headers=TRACEPARENT)).text
     last_id = [line for line in first.splitlines() if line.startswith("id: ")][1].removeprefix("id: ")
@@ -106,12 +106,12 @@ async def test_a_resumed_stream_has_a_link_to_the_first_request(app: App, spans:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
-async def test_probes_have_no_span(app: App, spans: Recorded, path: str) -> None:  # noqa: F811
+async def test_probes_have_no_span(app: App, spans: Recorded, path: str) -> None:
     assert (await app.http.get(path)).status_code == 200
     assert spans.ended == []
 
 
-async def test_an_unknown_path_has_no_route(app: App, spans: Recorded) -> None:  # noqa: F811
+async def test_an_unknown_path_has_no_route(app: App, spans: Recorded) -> None:
     error_of(await app.http.get("/v1/nothing?secret=1"), 404)
     (request,) = spans.ended
     assert (request.name, attributes(request)["url.path"]) == ("GET", "/v1/nothing")

@@ -10,8 +10,8 @@ from typing import Any
 
 import openai
 import pytest
+from gateway_app import HELLO, MODEL, App, error_of
 from gateway_peer import Script, tiny_target
-from test_gateway_app import HELLO, MODEL, App, error_of
 
 from services.gateway.body import parse
 from services.gateway.errors import ApiError
@@ -58,7 +58,7 @@ ROUND_TRIP: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Descriptions of tools are hundreds of tokens of one byte each."""
-    monkeypatch.setattr("test_gateway_app.CONTEXT", ROOM)
+    monkeypatch.setattr("gateway_app.CONTEXT", ROOM)
 
 
 async def served(path: Path, template: str | None = None) -> AsyncIterator[App]:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from gateway_app import App
 from pages import ROOT
-from test_gateway_app import App, folder  # noqa: F401 fixture
 
 from shared.models.folder import ModelFolder
 
@@ -53,7 +53,7 @@ def files_on_the_page() -> set[str]:
     return files
 
 
-async def test_a_plain_request_crosses_the_files_on_the_page(folder: ModelFolder) -> None:  # noqa: F811
+async def test_a_plain_request_crosses_the_files_on_the_page(folder: ModelFolder) -> None:
     app = App(folder)  # nothing watches its sessions meanwhile, however slow the machine is
     with crossed_files() as crossed:
         response = await app.chat(stream=True)
@@ -63,7 +63,7 @@ async def test_a_plain_request_crosses_the_files_on_the_page(folder: ModelFolder
     await app.http.aclose()
 
 
-async def test_an_option_of_a_request_crosses_its_own_file(folder: ModelFolder) -> None:  # noqa: F811
+async def test_an_option_of_a_request_crosses_its_own_file(folder: ModelFolder) -> None:
     app = App(folder)
     with crossed_files() as crossed:
         await app.chat(stream=True, logit_bias={"5": 1}, logprobs=True)

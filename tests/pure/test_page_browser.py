@@ -12,7 +12,7 @@ from statistics import median
 import chromium
 import pytest
 from chromium import BrowserPage
-from gateway_peer import eventually, tiny_target
+from gateway_peer import eventually
 from page_server import MadeUpFleet, PacedApp, served
 
 from services.gateway.app import create_app
@@ -32,11 +32,6 @@ MOST_FRAME_MS = 50.0
 """Median time of a frame of the fleet view: twice that of 40 frames per second, for a machine with other work."""
 READABLE = 4.5
 """Contrast of text that WCAG asks for."""
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return tiny_target(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
