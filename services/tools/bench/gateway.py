@@ -28,9 +28,10 @@ from urllib.parse import urlsplit
 import psutil
 import typer
 
-from services.tools.bench.support.options import TargetOption, run_program, target_folder, whole_numbers
+from services.tools.bench.support.options import StreamsOption, run_program, target_folder, whole_numbers
 from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.words import random_words
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress, Progress
 from services.tools.local.stack import Stack
@@ -226,7 +227,7 @@ class ServicesStub:
 
 
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 200,
+    streams: StreamsOption = 200,
     rates: Annotated[str, typer.Option(help="Tokens a second over all streams, comma-separated.")] = "1000,2000,4000",
     batch: Annotated[int, typer.Option(min=1, help="Results in a group.")] = 32,
     answer: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 256,

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import typer
 
-from services.tools.bench.support.options import TargetOption, run_program, target_folder, whole_numbers
+from services.tools.bench.support.options import run_program, target_folder, whole_numbers
 from services.tools.bench.support.report import report, terminal
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress, Progress
 from services.verifier.core.tasks import VerifyTask

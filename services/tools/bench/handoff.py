@@ -23,9 +23,10 @@ from typing import Annotated
 import httpx
 import typer
 
-from services.tools.bench.support.options import TargetOption, run_program, target_folder
+from services.tools.bench.support.options import StreamsOption, run_program, target_folder
 from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.words import random_words
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.process import Process
 from services.tools.local.progress import ConsoleProgress, Progress
@@ -85,7 +86,7 @@ class HandoffMeasurements:
 
 
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 4,
+    streams: StreamsOption = 4,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 500,
     tokens: Annotated[int, typer.Option(min=2 * BEGUN, help="Tokens of each answer.")] = 96,
     repetitions: Annotated[int, typer.Option(min=1, help="Verifiers that leave in each arm.")] = 3,

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services.tools.bench.support.options import TargetOption, let_idle_threads_sleep, run_program, target_folder, words
+from services.tools.bench.support.options import NameOption, let_idle_threads_sleep, run_program, target_folder, words
 from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.tiny import tiny_model
 from services.tools.chaos.core.faults import FaultKind, schedule
@@ -28,6 +28,7 @@ from services.tools.chaos.core.verdicts import ChaosResult
 from services.tools.chaos.reference import References
 from services.tools.chaos.run import ChaosPlan, run
 from services.tools.chaos.site import clocks_differ
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown
 from services.tools.cli.terminal import run as run_to_end
 from services.tools.local.progress import ConsoleProgress
@@ -47,7 +48,7 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="Use a tiny random model, for many more requests.")] = False,
     target: TargetOption = None,
     handoff: Annotated[str, typer.Option(help="KV handoff between verifiers: off, drain or write-through.")] = "drain",
-    name: Annotated[str, typer.Option(help="Name of the result file in .wisp/results.")] = "chaos",
+    name: NameOption = "chaos",
 ) -> None:
     """Run a schedule of faults. Exit status 1 if anything is lost or wrong."""
     with errors_shown(), ExitStack() as resources:

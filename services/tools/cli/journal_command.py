@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from services.tools.cli.program import Program
-from services.tools.cli.replay.options import AmqpUrl, Namespace, Since, Until
+from services.tools.cli.replay.options import Since, Until
+from services.tools.cli.shared_options import AmqpUrlOption, NamespaceOption, RecordingFileOption
 from services.tools.cli.terminal import errors_shown, out, run
 
 app = Program(help="Export, import or delete a suite's recorded messages (WISP_JOURNAL=true).", no_args_is_help=True)
@@ -25,11 +26,9 @@ def export(
     ] = None,
     since: Since = None,
     until: Until = None,
-    namespace: Namespace = None,
-    amqp_url: AmqpUrl = None,
-    source: Annotated[
-        Path | None, typer.Option("--file", help="A file by `wisp journal export` in place of the live journal.")
-    ] = None,
+    namespace: NamespaceOption = None,
+    amqp_url: AmqpUrlOption = None,
+    source: RecordingFileOption = None,
 ) -> None:
     """Write the journal to a file. It holds the users' tokens unless they are removed: protect it like their text."""
     with errors_shown():
@@ -52,7 +51,7 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(help="A file by `wisp journal export`.")],
     namespace: Annotated[str, typer.Option(help="Namespace of the new journal; it must not have a journal.")],
-    amqp_url: AmqpUrl = None,
+    amqp_url: AmqpUrlOption = None,
 ) -> None:
     """Put a file into a new journal at a broker, for `wisp replay --namespace …`. No service receives it."""
     with errors_shown():
@@ -72,7 +71,7 @@ def import_(
 
 
 @app.command("delete")
-def delete(namespace: Namespace = None, amqp_url: AmqpUrl = None) -> None:
+def delete(namespace: NamespaceOption = None, amqp_url: AmqpUrlOption = None) -> None:
     """Delete the journal with its messages. A recording suite begins a new one at its next start."""
     with errors_shown():
         from services.tools.cli.replay.recordings import suite_address

@@ -25,6 +25,7 @@ from services.tools.cli import (
 )
 from services.tools.cli.program import Program
 from services.tools.cli.replay import command as replay_command
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.stack_options import (
     API_PANEL,
     DraftersOption,
@@ -36,7 +37,6 @@ from services.tools.cli.stack_options import (
     ServingChoice,
     ServingOption,
     StackCommand,
-    TargetOption,
     TargetProfileOption,
     ThreadsOption,
     TraceOption,

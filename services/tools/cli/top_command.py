@@ -8,16 +8,13 @@ from typing import Annotated
 
 import typer
 
+from services.tools.cli.shared_options import AmqpUrlOption, NamespaceOption
 from services.tools.cli.terminal import errors_shown, out, quiet_broker_client, run
 
 
 def top(
-    namespace: Annotated[
-        str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: the suite running here]")
-    ] = None,
-    amqp_url: Annotated[
-        str | None, typer.Option(help="The suite's RabbitMQ. \\[env: WISP_AMQP_URL; default: the suite running here]")
-    ] = None,
+    namespace: NamespaceOption = None,
+    amqp_url: AmqpUrlOption = None,
     url: Annotated[
         str | None, typer.Option("--url", help="API of a suite of `wisp up` on this machine, as for `wisp chat`.")
     ] = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from services.tools.cli.program import Program
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, require
 
 app = Program(help="Record a target's answers and its draft's tokens, for twins.", no_args_is_help=True)
@@ -18,9 +19,7 @@ SourceArgument = Annotated[str, typer.Argument(help="A trace: a shipped name, or
 @app.command("record")
 def record(
     out: OutOption = Path("trace.npz"),
-    target: Annotated[
-        str | None, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]")
-    ] = None,
+    target: TargetOption = None,
     draft: Annotated[Path | None, typer.Option(help="Folder of a draft. \\[default: the target's shipped one]")] = None,
     prompts: Annotated[
         int, typer.Option(min=11, help="Held-out prompts, of all kinds; each is answered at three temperatures.")

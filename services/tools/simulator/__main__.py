@@ -12,7 +12,20 @@ from rich.console import Console
 from services.tools.bench.load.arms import arms_of
 from services.tools.bench.load.campaign import CapacitySearch
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.support.options import whole_numbers
+from services.tools.bench.load.point_options import (
+    ALL_ARMS,
+    LARGEST_POINT,
+    ArmsOption,
+    DrainOption,
+    FirstOption,
+    MeasuredOption,
+    MostOption,
+    RepeatOption,
+    SearchOption,
+    ToleranceOption,
+    WarmUpOption,
+)
+from services.tools.bench.support.options import NameOption, whole_numbers
 from services.tools.bench.support.report import terminal
 from services.tools.cli.program import Program
 from services.tools.cli.terminal import errors_shown
@@ -22,32 +35,20 @@ from services.tools.simulator.campaign import SimulationCampaign, SimulationPlan
 from services.tools.simulator.core.bounds import scenario_bounds
 from services.tools.simulator.core.scenario import parse_scenario
 from services.tools.simulator.options import (
-    MOST_SESSIONS,
     SESSIONS,
     AdviseOption,
-    ArmsOption,
     ChangeOption,
-    DrainOption,
-    FirstOption,
-    MeasuredOption,
-    MostOption,
-    NameOption,
     PrintScenarioOption,
     ProcessesOption,
-    RepeatOption,
     ScenarioArgument,
-    SearchOption,
     SeedOption,
     SessionsOption,
     SweptOption,
-    ToleranceOption,
-    WarmUpOption,
 )
 from services.tools.simulator.output import SimulationOutput, advice
 from services.tools.simulator.sweep import SweepCell, sweep, swept_fields
 from shared.errors import SettingsError
 
-ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 ADVISED = "centralized,colocated,wisp+"
 """Arms of `--advise`."""
 app = Program()
@@ -56,7 +57,7 @@ app = Program()
 @app.command()
 def main(
     scenario: ScenarioArgument = "paper-a100",
-    arms: ArmsOption = ARMS,
+    arms: ArmsOption = ALL_ARMS,
     sessions: SessionsOption = None,
     search: SearchOption = False,
     first: FirstOption = 8,
@@ -74,7 +75,10 @@ def main(
     processes: ProcessesOption = 0,
     name: NameOption = "simulation",
 ) -> None:
-    """Simulate a fleet of devices and verifiers in virtual time, each arm with the same requests."""
+    """Simulate a fleet of devices and verifiers, each arm with the same requests.
+
+    Each device has one session. All times are virtual.
+    """
     with errors_shown():
         text = read(scenario, SCENARIOS, ".yaml", "scenario")
         if print_scenario:
@@ -88,8 +92,8 @@ def main(
         searched = search or advise or bool(fields)
         plan = SimulationPlan(
             spec,
-            arms_of(ADVISED if advise and arms == ARMS else arms),
-            whole_numbers("--sessions", sessions or ("" if searched else SESSIONS), 1, MOST_SESSIONS),
+            arms_of(ADVISED if advise and arms == ALL_ARMS else arms),
+            whole_numbers("--sessions", sessions or ("" if searched else SESSIONS), 1, LARGEST_POINT),
             CapacitySearch(first, most, tolerance) if searched else None,
             repeat,
             seed,

@@ -25,12 +25,11 @@ from services.tools.bench.draft.one_process import shortened, tokens_per_second
 from services.tools.bench.support.drafts import (
     DraftFolderOption,
     RunFolderOption,
-    TargetFolderOption,
     measured_draft,
     trained_target,
     training_run,
 )
-from services.tools.bench.support.options import run_program
+from services.tools.bench.support.options import TargetFolderOption, run_program
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder

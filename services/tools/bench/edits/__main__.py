@@ -6,7 +6,6 @@ import time
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from services.drafter.control_files import load_weights
 from services.drafter.hidden.card import shipped_for
 from services.tools.bench.edits.core.decoding import CopiedRound, copied_rounds
 from services.tools.bench.edits.core.documents import Edit, edits
-from services.tools.bench.support.options import run_program
+from services.tools.bench.support.options import TargetFolderOption, run_program
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
@@ -63,9 +62,7 @@ class TokenizedEdit:
 
 
 def main(
-    target: Annotated[
-        Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
-    ] = None,
+    target: TargetFolderOption = None,
     real: Annotated[
         int, typer.Option(min=0, max=50, help="Edits that the target verifies, for the speed; 0 for none.")
     ] = 10,

@@ -20,12 +20,11 @@ from services.drafter.sources.hidden import WINDOW, HiddenDrafts
 from services.tools.bench.support.drafts import (
     DraftFolderOption,
     RunFolderOption,
-    TargetFolderOption,
     measured_draft,
     trained_target,
     training_run,
 )
-from services.tools.bench.support.options import run_program
+from services.tools.bench.support.options import TargetFolderOption, run_program
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.training import shards

@@ -21,7 +21,7 @@ from rich.console import Console
 from services.tools.bench.load.arms import arms_of
 from services.tools.bench.load.campaign import THREADS, ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.load.core.requests import MOST_SESSIONS, from_lines, to_lines
+from services.tools.bench.load.core.requests import from_lines, to_lines
 from services.tools.bench.load.crossover import SESSIONS as CROSSOVER_SESSIONS
 from services.tools.bench.load.crossover import CrossoverBench
 from services.tools.bench.load.crossover import workload as crossover_workload
@@ -30,41 +30,45 @@ from services.tools.bench.load.options import (
     AcceptanceOption,
     AdmissionOption,
     AgainOption,
-    ArmsOption,
     CacheTokensOption,
     CrossoverOption,
-    DrainOption,
-    FirstOption,
-    MeasuredOption,
-    MostOption,
-    NameOption,
     PoolsOption,
     PrintWorkloadOption,
-    RepeatOption,
     RequestsOption,
-    SearchOption,
     SeedOption,
     SessionsOption,
     TargetProfileOption,
     TokensOption,
-    ToleranceOption,
     TraceOption,
     UrlOption,
-    WarmUpOption,
     WorkloadOption,
     WriteRequestsOption,
+)
+from services.tools.bench.load.point_options import (
+    ALL_ARMS,
+    LARGEST_POINT,
+    ArmsOption,
+    DrainOption,
+    FirstOption,
+    MeasuredOption,
+    MostOption,
+    RepeatOption,
+    SearchOption,
+    ToleranceOption,
+    WarmUpOption,
 )
 from services.tools.bench.load.report import conclude, replot
 from services.tools.bench.load.workload import default_text, workload_of
 from services.tools.bench.support.options import (
     DtypeOption,
-    TargetOption,
+    NameOption,
     let_idle_threads_sleep,
     run_program,
     target_folder,
     whole_numbers,
 )
 from services.tools.bench.support.report import machine, terminal
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import INTERRUPTED, errors_shown, run
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import LocalSettings
@@ -73,7 +77,6 @@ from shared.errors import SettingsError
 from shared.models.folder import AUTO, ModelFolder
 from shared.twin.layout import is_twin
 
-ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 NAME = "load"
 
 IGNORED_BY_CROSSOVER = (
@@ -84,7 +87,7 @@ IGNORED_BY_CROSSOVER = (
 
 def main(
     context: typer.Context,
-    arms: ArmsOption = ARMS,
+    arms: ArmsOption = ALL_ARMS,
     sessions: SessionsOption = None,
     search: SearchOption = False,
     first: FirstOption = 4,
@@ -128,16 +131,12 @@ def main(
             _settings, target, target_profile, acceptance, trace, dtype, cache_tokens, admission, console
         )
         if crossover:
-            counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, MOST_SESSIONS - 1)
-            asked = crossover_workload(tokens, seed)
-            bench = CrossoverBench(asked, counts, repeat, settings(), ConsoleProgress(console))
-            run(bench.run)
-            bench.report(machine(), "crossover" if name == NAME else name, console)
+            _measure_crossover(sessions, tokens, seed, repeat, settings(), name, console)
             return
         spec = workload_of(_read(workload) if workload else "", seed)
         plan = LoadPlan(
             arms=[] if url else arms_of(arms),
-            sessions=whole_numbers("--sessions", sessions or ("" if search else SESSIONS), 1, MOST_SESSIONS - 1),
+            sessions=whole_numbers("--sessions", sessions or ("" if search else SESSIONS), 1, LARGEST_POINT),
             search=CapacitySearch(first, most, tolerance) if search else None,
             repeats=repeat,
             window=Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain),
@@ -146,6 +145,21 @@ def main(
         )
         facts = machine() | _facts(target_profile, acceptance, trace, cache_tokens, admission)
         _run(plan, url, pools, settings, facts, name, write_requests, console)
+
+
+def _measure_crossover(
+    sessions: str | None,
+    tokens: int,
+    seed: int | None,
+    repeat: int,
+    settings: ArmSettings,
+    name: str,
+    console: Console,
+) -> None:
+    counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, LARGEST_POINT)
+    bench = CrossoverBench(crossover_workload(tokens, seed), counts, repeat, settings, ConsoleProgress(console))
+    run(bench.run)
+    bench.report(machine(), "crossover" if name == NAME else name, console)
 
 
 def _facts(

@@ -7,67 +7,20 @@ from typing import Annotated
 
 import typer
 
-from services.tools.bench.load.arms import NAMES
-from services.tools.bench.load.core.requests import MOST_SESSIONS
-from services.tools.bench.support.options import TARGET_PANEL
+from services.tools.bench.load.point_options import ARMS_PANEL, sessions_option
+from services.tools.bench.support.options import RESULTS_PANEL
+from services.tools.cli.shared_options import MODEL_PANEL
 
 SESSIONS = "2,4,8,16"
-ARMS_PANEL = "Arms and points"
-SEARCH_PANEL = "Search for the capacity"
-TIME_PANEL = "Length of a point"
 REQUESTS_PANEL = "Requests"
 SERVER_PANEL = "A server that runs already"
 TWIN_PANEL = "Emulated hardware"
 CROSSOVER_PANEL = "Crossover of drafts and plain decoding"
-RESULTS_PANEL = "Results"
 
-ArmsOption = Annotated[
-    str,
-    typer.Option(
-        help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.", rich_help_panel=ARMS_PANEL
-    ),
-]
-SessionsOption = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Numbers of sessions to measure. \\[default: {SESSIONS}; with --search: none]",
-        rich_help_panel=ARMS_PANEL,
-    ),
-]
-SearchOption = Annotated[
-    bool,
-    typer.Option(
-        "--search",
-        help="Search for the capacity: the most sessions whose requests attain.",
-        rich_help_panel=SEARCH_PANEL,
-    ),
-]
-FirstOption = Annotated[
-    int, typer.Option(min=1, help="Sessions at which a search starts.", rich_help_panel=SEARCH_PANEL)
-]
-MostOption = Annotated[
-    int, typer.Option(min=1, max=MOST_SESSIONS - 1, help="Most sessions of a search.", rich_help_panel=SEARCH_PANEL)
-]
-ToleranceOption = Annotated[
-    float,
-    typer.Option(
-        min=0, max=1, help="Resolution of a search, as a share of the capacity.", rich_help_panel=SEARCH_PANEL
-    ),
-]
-RepeatOption = Annotated[
-    int, typer.Option(min=1, help="Measurements of each number of sessions.", rich_help_panel=ARMS_PANEL)
-]
-WarmUpOption = Annotated[
-    float, typer.Option(min=0, help="Seconds of load before the window.", rich_help_panel=TIME_PANEL)
-]
-MeasuredOption = Annotated[
-    float, typer.Option("--measure", min=1, help="Seconds in which requests count.", rich_help_panel=TIME_PANEL)
-]
-DrainOption = Annotated[
-    float, typer.Option(min=0, help="Longest wait for these requests, in seconds.", rich_help_panel=TIME_PANEL)
-]
+SessionsOption = Annotated[str | None, sessions_option(SESSIONS)]
 WorkloadOption = Annotated[Path | None, typer.Option(help="TOML file of the workload.", rich_help_panel=REQUESTS_PANEL)]
-PrintWorkloadOption = Annotated[
+PrintSessionsOption = Annotated[str | None, sessions_option(SESSIONS)]
+WorkloadOption = Annotated[
     bool, typer.Option("--print-workload", help="Print the packaged one and exit.", rich_help_panel=REQUESTS_PANEL)
 ]
 SeedOption = Annotated[
@@ -113,10 +66,7 @@ TraceOption = Annotated[
     typer.Option(help="Trace of the twin, instead of an acceptance (a name, or a file).", rich_help_panel=TWIN_PANEL),
 ]
 CacheTokensOption = Annotated[
-    int, typer.Option(min=1024, help="KV budget of the target, in tokens.", rich_help_panel=TARGET_PANEL)
-]
-NameOption = Annotated[
-    str, typer.Option(help="Name of the result files in .wisp/results.", rich_help_panel=RESULTS_PANEL)
+    int, typer.Option(min=1024, help="KV budget of the target, in tokens.", rich_help_panel=MODEL_PANEL)
 ]
 CrossoverOption = Annotated[
     bool,

@@ -22,8 +22,9 @@ import typer
 
 from services.tools.bench.load.core.measures import quantile
 from services.tools.bench.rounds import token_costs
-from services.tools.bench.support.options import TargetOption, let_idle_threads_sleep, run_program, target_folder
+from services.tools.bench.support.options import let_idle_threads_sleep, run_program, target_folder
 from services.tools.bench.support.report import report, terminal
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
 from services.tools.local.progress import ConsoleProgress, Progress

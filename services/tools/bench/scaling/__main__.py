@@ -28,10 +28,12 @@ from services.tools.bench.load.client import LoadClient, http_client
 from services.tools.bench.load.core.measures import Measures, Window, measure
 from services.tools.bench.load.core.requests import first_number
 from services.tools.bench.load.drive import PointRun
+from services.tools.bench.load.point_options import MeasuredOption, WarmUpOption
 from services.tools.bench.load.workload import Workload, workload_of
 from services.tools.bench.scaling.load_step import load_step
-from services.tools.bench.support.options import TargetOption, run_program, target_folder, whole_numbers
+from services.tools.bench.support.options import run_program, target_folder, whole_numbers
 from services.tools.bench.support.report import conclude, machine, records, table, terminal
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.stack import Stack
@@ -163,8 +165,8 @@ def main(
     slower: Annotated[float, typer.Option(min=1, help="Factor by which the emulated target is slower.")] = 4.0,
     ttft: Annotated[int, typer.Option(min=1, help="TTFT target in ms; divided by --slower for the real model.")] = 4000,
     tpot: Annotated[int, typer.Option(min=1, help="TPOT target in ms; divided by --slower for the real model.")] = 400,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the window.")] = 10.0,
-    measured: Annotated[float, typer.Option("--measure", min=1, help="Seconds in which requests count.")] = 30.0,
+    warm_up: WarmUpOption = 10.0,
+    measured: MeasuredOption = 30.0,
     check: Annotated[bool, typer.Option(help="Compare the emulation with the real model, on one verifier.")] = True,
     step: Annotated[int, typer.Option(min=0, help="Sessions of the load step, real model; 0 leaves it out.")] = 24,
     target: TargetOption = None,

@@ -26,7 +26,6 @@ from services.tools.bench.stream.generated import InProcessModel
 from services.tools.bench.stream.measurement import SampleAnswer, StreamMeasurement, StreamPlan
 from services.tools.bench.support.options import (
     DtypeOption,
-    TargetOption,
     let_idle_threads_sleep,
     numbers,
     run_program,
@@ -35,6 +34,7 @@ from services.tools.bench.support.options import (
 )
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.paint import Painter
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
 from shared.models.folder import AUTO, ModelFolder

@@ -15,9 +15,6 @@ from services.tools.training.run import TrainingRun
 from shared.errors import SettingsError
 from shared.models.folder import ModelFolder
 
-TargetFolderOption = Annotated[
-    Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
-]
 DraftFolderOption = Annotated[
     Path | None, typer.Option(help="Folder of a draft. \\[default: the target's shipped one]")
 ]

@@ -10,27 +10,28 @@ from typing import Annotated
 import typer
 
 from services.tools.cli.program import Program
+from services.tools.cli.shared_options import MODEL_FORMS, MODEL_PANEL
 from services.tools.local.progress import Progress
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
 from shared.errors import SettingsError
 
-TARGET_PANEL = "Target"
+RESULTS_PANEL = "Results"
 
-TargetOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]",
-        rich_help_panel=TARGET_PANEL,
-    ),
-]
-ModelOption = Annotated[str, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file.")]
+ModelOption = Annotated[str, typer.Option(help=MODEL_FORMS)]
 DtypeOption = Annotated[
     str,
     typer.Option(
-        help="Format of the target's weights: auto, bfloat16, float32, int8 or gguf.", rich_help_panel=TARGET_PANEL
+        help="Format of the target's weights: auto, bfloat16, float32, int8 or gguf.", rich_help_panel=MODEL_PANEL
     ),
 ]
+TargetFolderOption = Annotated[
+    Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
+]
+NameOption = Annotated[
+    str, typer.Option(help="Name of the result files in .wisp/results.", rich_help_panel=RESULTS_PANEL)
+]
+StreamsOption = Annotated[int, typer.Option(min=1, help="Streams at a time.")]
 EngineThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
 
 

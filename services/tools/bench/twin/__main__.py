@@ -18,10 +18,12 @@ from services.tools.bench.load.arms import arms_of
 from services.tools.bench.load.campaign import ArmSettings, Campaign, LoadPlan
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.results import MeasuredPoint, notes
-from services.tools.bench.support.options import TargetOption, run_program, whole_numbers
+from services.tools.bench.load.point_options import DrainOption, MeasuredOption, WarmUpOption
+from services.tools.bench.support.options import NameOption, run_program, whole_numbers
 from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.bench.twin.core.comparison import AGREEMENT, COLUMNS, compared
 from services.tools.bench.twin.load import load_of, write_devices
+from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress, Progress
 from services.tools.local.settings import LocalSettings
@@ -42,14 +44,14 @@ def main(
     arms: Annotated[str, typer.Option(help="Arms to compare, as for `wisp bench load`.")] = ARMS,
     sessions: Annotated[str, typer.Option(help="Numbers of devices.")] = SESSIONS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 1,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the window.")] = 20.0,
-    measured: Annotated[float, typer.Option("--measure", min=1, help="Seconds in which requests count.")] = 60.0,
-    drain: Annotated[float, typer.Option(min=0, help="Longest wait for these requests, in seconds.")] = 20.0,
+    warm_up: WarmUpOption = 20.0,
+    measured: MeasuredOption = 60.0,
+    drain: DrainOption = 20.0,
     hop_ms: Annotated[
         float, typer.Option(min=0, help="Simulated time of a message between services: that of this machine.")
     ] = 2.0,
     target: TargetOption = None,
-    name: Annotated[str, typer.Option(help="Name of the result file in .wisp/results.")] = "twin",
+    name: NameOption = "twin",
 ) -> None:
     """Compare the suite on a twin with the simulator."""
     with errors_shown():

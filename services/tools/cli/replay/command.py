@@ -9,14 +9,11 @@ import typer
 from rich.text import Text
 
 from services.tools.cli.replay.options import (
-    AmqpUrl,
     AsJsonOption,
     DraftLengthOption,
     EveryOption,
-    File,
     InjectOption,
     IntoOption,
-    Namespace,
     PolicyOption,
     RedisUrlOption,
     SessionArgument,
@@ -32,6 +29,7 @@ from services.tools.cli.replay.options import (
     VerifyOption,
     VhostOption,
 )
+from services.tools.cli.shared_options import AmqpUrlOption, NamespaceOption, RecordingFileOption
 from services.tools.cli.terminal import err, errors_shown, out, print_fields, require
 from shared.errors import SettingsError
 
@@ -49,7 +47,7 @@ def replay(
     steps: StepsOption = False,
     since: Since = None,
     until: Until = None,
-    file: File = None,
+    file: RecordingFileOption = None,
     as_json: AsJsonOption = False,
     trace: TraceOption = None,
     verify: VerifyOption = False,
@@ -64,8 +62,8 @@ def replay(
     redis_url: RedisUrlOption = None,
     speed: SpeedOption = 1.0,
     target: TargetOption = None,
-    namespace: Namespace = None,
-    amqp_url: AmqpUrl = None,
+    namespace: NamespaceOption = None,
+    amqp_url: AmqpUrlOption = None,
 ) -> None:
     """Show recorded sessions: each hop and round with its time, draft and batch, and the shares of the total time."""
     with errors_shown():

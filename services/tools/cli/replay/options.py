@@ -7,32 +7,18 @@ from typing import Annotated
 
 import typer
 
-RECORDING = "Recording"
+from services.tools.cli.shared_options import RECORDING_PANEL as RECORDING
+
 SHOW = "Timelines"
 VERIFY = "Compute the batches again"
 POLICY = "Replay under another batch policy"
 INJECT = "Send the requests to another suite"
 
-Namespace = Annotated[
-    str | None,
-    typer.Option(
-        help="The suite's prefix. \\[env: WISP_NAMESPACE; default: the suite running here]", rich_help_panel=RECORDING
-    ),
-]
-AmqpUrl = Annotated[
-    str | None,
-    typer.Option(
-        help="The suite's RabbitMQ. \\[env: WISP_AMQP_URL; default: the suite running here]", rich_help_panel=RECORDING
-    ),
-]
 Since = Annotated[
-    str | None, typer.Option(help="First moment: 90s, 10m or 2h ago, or 2026-11-25T14:30.", rich_help_panel=RECORDING)
+    str | None,
+    typer.Option(help="First moment: 90s, 10m or 2h ago, or 2026-11-25T14:30.", rich_help_panel=RECORDING),
 ]
 Until = Annotated[str | None, typer.Option(help="Last moment, in the form of --since.", rich_help_panel=RECORDING)]
-File = Annotated[
-    Path | None,
-    typer.Option(help="A file by `wisp journal export` in place of the live journal.", rich_help_panel=RECORDING),
-]
 SessionArgument = Annotated[
     str | None, typer.Argument(help="A session's id or the beginning of it. \\[default: list all sessions]")
 ]
