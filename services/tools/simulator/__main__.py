@@ -75,10 +75,7 @@ def main(
     processes: ProcessesOption = 0,
     name: NameOption = "simulation",
 ) -> None:
-    """Simulate a fleet of devices and verifiers, each arm with the same requests.
-
-    Each device has one session. All times are virtual.
-    """
+    """Simulate a fleet in virtual time, each arm with the same requests. Each device has one session."""
     with errors_shown():
         text = read(scenario, SCENARIOS, ".yaml", "scenario")
         if print_scenario:
