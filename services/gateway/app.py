@@ -252,7 +252,7 @@ class WithoutTrailingSlash:
 class RequestScope:
     """ASGI middleware that gives every request an id, by default the client's own, a span, and a log line.
 
-    Reads by probes, and of the page's files, have no span.
+    Requests of probes and for the page's files have no span.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -42,7 +42,7 @@ class Product:
 
 
 def read_product(read: ReadWeight, parts: Sequence[Linear], form: str) -> Product:
-    """Return the product whose outputs are those of several ones, in order."""
+    """Return several linear layers as one product, whose outputs are theirs in order."""
     weights = [read_weight(read, part.weight, form) for part in parts]
     biases = None
     if any(part.bias for part in parts):
@@ -67,7 +67,7 @@ def read_gated_product(read: ReadWeight, gate: Linear, up: Linear, form: str) ->
 
 
 def read_weight(read: ReadWeight, weight: WeightName, form: str = "float32") -> Matrix:
-    """Read a weight whose values are finite, and stay so in this format. Raises ModelError."""
+    """Read a weight. Raises ModelError if a value is not finite, or not within the range of this format."""
     matrix = read(weight)
     require_finite(weight.name, matrix)
     if not isinstance(matrix, Blocks):
@@ -79,7 +79,7 @@ def read_weight(read: ReadWeight, weight: WeightName, form: str = "float32") -> 
 
 
 def require_size(product: Product, linear: Linear, outputs: int, inputs: int) -> None:
-    """Raise ModelError, which names the (first) weight, if a product has other outputs or inputs."""
+    """Raise ModelError with the name of the first weight if a product has other outputs or inputs."""
     found = product.packed.outputs, product.packed.inputs
     if found != (outputs, inputs):
         raise ModelError(
@@ -89,7 +89,7 @@ def require_size(product: Product, linear: Linear, outputs: int, inputs: int) ->
 
 
 def floats(values: Matrix) -> Floats:
-    """Return float32 values, of bits of bfloat16 too."""
+    """Return the values as float32. Values of uint16 are the bits of bfloat16."""
     assert not isinstance(values, Blocks)
     if values.dtype == np.uint16:
         return to_floats(values)
@@ -142,7 +142,7 @@ def _rows(weight: Matrix, order: NDArray[np.int64]) -> Matrix:
 
 
 def _in_panels(weight: Matrix) -> Matrix:
-    """Return the matrix with outputs added, all zero, up to whole panels."""
+    """Return the matrix with its outputs padded by zeros to whole panels."""
     missing = -_outputs(weight) % PANEL
     if not missing:
         return weight

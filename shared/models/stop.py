@@ -24,7 +24,7 @@ class StopStrings:
     def feed(self, text: str, *, ends: bool = True) -> tuple[str, str | None]:
         """Add a piece of text; return the text that may be shown, and the stop string found or None.
 
-        Text after a stop string is dropped. ends: False if no stop string that ends in this piece counts.
+        Text after a stop string is dropped. ends: False to ignore stop strings that end in this piece.
         """
         if self.hit is not None:
             return "", self.hit
@@ -63,7 +63,7 @@ class _Prefix:
 
     def extend(self, character: str) -> bool:
         """Add the next character; return whether the text now ends with the whole stop string."""
-        if self.length == len(self.text):  # it did before, and did not count
+        if self.length == len(self.text):  # it ended with one before, which was ignored
             self.length = self._borders[-1]
         while self.length and self.text[self.length] != character:
             self.length = self._borders[self.length - 1]

@@ -38,7 +38,7 @@ RETURN_SHARE = 0.1
 RUN_MEMORY = 64.0
 """Tokens of runs that a session's speed in runs is averaged over."""
 RUN_PRIOR = 8.0
-"""Tokens at the speed of the price that this average begins with."""
+"""This average begins with so many tokens at the speed that the price assumes."""
 LONGEST_UNREADY = 3
 """Consecutive rounds without hidden states after which a source no longer keeps its session from runs."""
 
@@ -57,13 +57,13 @@ class Controller:
         self.times = times or RoundTimes()
         self.calibration = Calibration(self.weights.acceptance)
         self.idle: dict[str, int] = {}
-        """Tokens without a probe of each source that ended sessions have left to the next one."""
+        """By source: rounds since its last probe in sessions that have ended. The next session goes on from there."""
 
     def session(self, *sources: str, copying: Collection[str] = (), tpot_ms: float | None = None) -> SessionControl:
         """Return the control of a new session that drafts from these sources.
 
-        copying: those that a verifier uses by itself in runs, where `RoundTimes.runs_copy`. tpot_ms: the time per token
-        that the session was promised.
+        copying: sources that a verifier uses by itself in runs, while `RoundTimes.runs_copy` is true. tpot_ms: the
+        promised time per token of the session.
         """
         return SessionControl(self, sources, frozenset(copying), tpot_ms)
 
@@ -89,7 +89,7 @@ class SessionControl:
         self._offsets: dict[str, SessionOffset] = {}
         self._recent_logits = RecentLogits()
         self._expected: dict[tuple[str, int], tuple[list[float], float]] = {}
-        """Expected acceptances by source and position, of the time when the calibration had `_expected_at` tokens."""
+        """Expected acceptances by source and position, computed when the calibration had `_expected_at` tokens."""
         self._expected_at = 0
         self._left_idle = controller.idle
         self._idle = {source: self._left_idle.pop(source, 0) for source in sources}
@@ -119,7 +119,7 @@ class SessionControl:
         return source in self._copying and self.times.run_ms is not None and self.times.runs_copy
 
     def close(self) -> None:
-        """Leave the tokens since the last probes to the next session. Call it once, at the end."""
+        """Hand the rounds since the last probes over to the next session. Call it once, at the end."""
         for source, rounds in self._idle.items():
             self._left_idle[source] = min(LONGEST_WAIT, self._left_idle.get(source, 0) + rounds)
 
@@ -193,10 +193,10 @@ class SessionControl:
         return all(self.rests(source) for source in self.sources)
 
     def run_tokens(self, round_: DraftRound) -> int:
-        """Return for how many tokens after this round the session is left to the verifier; 0 for none.
+        """Return the number of tokens that the session leaves to the verifier after this round; 0 for none.
 
-        No more than until the next probe. A session that has drafted may have a draft that pays soon: it leaves as many
-        as it has decoded plainly so far. A probe is judged during the run. Sources that runs use need no rounds. A
+        A run ends before the next probe. A session that has drafted may soon have a draft that pays: it leaves as many
+        tokens as it has decoded plainly so far. A probe is judged during the run. Sources that runs use need no rounds. A
         session that only waits for hidden states goes on with rounds.
         """
         times = self.times
