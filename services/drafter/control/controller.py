@@ -196,8 +196,8 @@ class SessionControl:
         """Return the number of tokens that the session leaves to the verifier after this round; 0 for none.
 
         A run ends before the next probe. A session that has drafted may soon have a draft that pays: it leaves as many
-        tokens as it has decoded plainly so far. A probe is judged during the run. Sources that runs use need no rounds. A
-        session that only waits for hidden states goes on with rounds.
+        tokens as it has decoded plainly so far. A probe is judged during the run. Sources that runs use need no rounds.
+        A session that only waits for hidden states goes on with rounds.
         """
         times = self.times
         if times.run_ms is None or round_.kept:
