@@ -41,7 +41,7 @@ class StepWork:
     started: list[Job] = field(default_factory=list)
     """Jobs whose sessions go on in a run after this step."""
     copies: list[ProposedCopy] = field(default_factory=list)
-    """What each run may copy in this step; empty beside a batch."""
+    """Tokens that each run may copy in this step; empty beside a batch."""
     reports: list[RunReport] = field(default_factory=list)
     """Tokens of runs to commit with this step."""
     outcomes: list[VerifyOutcome] = field(default_factory=list)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PROMPT_ROWS = 64
 """Rows of logits in one pass over a prompt with log-probabilities: a row of a large vocabulary takes 0.6 MB."""
 FAILURES = (WispError, ValueError, RuntimeError)
-"""What a pass or a choice raises for a task or a batch that it cannot do."""
+"""Errors of a pass or a choice for a task or a batch that it cannot compute."""
 MOST_FORCED = 64
 """Most tokens that a task gets in one pass because its grammar forces them."""
 

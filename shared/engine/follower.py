@@ -54,10 +54,10 @@ def follow(connection: Connection) -> None:
     with gpu_pass.current(torch_device):
         while True:
             match messages.get():
-                case Pass() as told:
-                    decoder.wide_tiles, decoder.joins_runs = told.wide_tiles, told.joins_runs
-                    decoder.graphs = graphs if told.with_graphs else None
-                    decoder.forward(told.batch, tokens=told.tokens, wanted=told.wanted)
+                case Pass() as step:
+                    decoder.wide_tiles, decoder.joins_runs = step.wide_tiles, step.joins_runs
+                    decoder.graphs = graphs if step.with_graphs else None
+                    decoder.forward(step.batch, tokens=step.tokens, wanted=step.wanted)
                 case PrepareGraphs():
                     graphs = prepared_graphs(decoder)
                 case CopyBlock(source, target):

@@ -1,4 +1,4 @@
-"""The processes of the other GPUs: started by the first one's, told of every pass, and watched.
+"""The processes of the other GPUs. The first GPU's process starts them, sends them every pass and watches them.
 
 A follower ends when the first process does. If a follower ends first, no pass can be computed any more: the first
 process says so and ends with `STATUS`.

@@ -124,8 +124,8 @@ async def test_options_that_look_misspelt_are_named(app: App, path: str) -> None
         assert [entry for entry in logs if entry["log_level"] == "warning"] == []
         answer = await app.http.post(path, json=body | harmless | {"temprature": 0, "Top-P": "secret"})
     assert answer.status_code == 200
-    told = "temprature (did you mean temperature?), Top-P (did you mean top_p?)"
-    assert answer.headers["x-wisp-ignored"] == told
+    ignored = "temprature (did you mean temperature?), Top-P (did you mean top_p?)"
+    assert answer.headers["x-wisp-ignored"] == ignored
     (entry,) = [entry for entry in logs if entry["log_level"] == "warning"]
     assert entry["options"] == {"temprature": "temperature", "Top-P": "top_p"}
     assert "secret" not in str(entry)

@@ -132,16 +132,20 @@ def test_a_folder_without_one_of_its_files_is_refused_by_name(folder: Path, miss
 
 def test_a_description_tells_the_same_without_the_weights(folder: Path, tmp_path: Path) -> None:
     model = ModelFolder(folder)
-    model.describe(tmp_path / "told" / "model")
-    told = ModelFolder(tmp_path / "told" / "model")
-    assert told.fingerprint("bfloat16") == model.fingerprint("bfloat16")
-    assert (told.name, told.max_len, told.vocab_fingerprint) == (model.name, model.max_len, model.vocab_fingerprint)
+    model.describe(tmp_path / "described" / "model")
+    described = ModelFolder(tmp_path / "described" / "model")
+    assert described.fingerprint("bfloat16") == model.fingerprint("bfloat16")
+    assert (described.name, described.max_len, described.vocab_fingerprint) == (
+        model.name,
+        model.max_len,
+        model.vocab_fingerprint,
+    )
     model.require_weights()
     with pytest.raises(ModelError, match="without its weights, which only a gateway can use"):
-        told.require_weights()
+        described.require_weights()
     # Weights that are there count, not what was once said of them.
-    (told.path / "model.safetensors").write_bytes(b"other")
-    assert ModelFolder(told.path).fingerprint("bfloat16") != model.fingerprint("bfloat16")
+    (described.path / "model.safetensors").write_bytes(b"other")
+    assert ModelFolder(described.path).fingerprint("bfloat16") != model.fingerprint("bfloat16")
 
 
 def test_a_missing_shard_is_refused_by_name(folder: Path) -> None:

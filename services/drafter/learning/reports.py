@@ -32,7 +32,7 @@ class LearningOptions:
     fc_rate: float = 0.3
     """Learning rate of the input projection / that of the others."""
     pull: float = 10.0
-    """How strongly weights are drawn back to the shipped ones: each update takes rate x pull of the way."""
+    """Strength of the pull back to the shipped weights: each update goes rate x pull of the way."""
     drop_states: float = 0.05
     seed: int = 1
     yields: bool = True

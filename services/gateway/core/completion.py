@@ -91,7 +91,7 @@ class CompletionTally:
     run_tokens: int = 0
     """Tokens that verifiers decoded in runs, without rounds."""
     copied: int = 0
-    """Those of them that are accepted copies from earlier text."""
+    """Tokens of runs that are accepted copies from earlier text."""
     copies_verified: int = 0
     """Copied tokens that were verified in runs."""
     draft_ms: float = 0.0

@@ -11,7 +11,7 @@ LACKING: Final = (
     "bits on a GPU, CUDA graphs, texts under load on a GPU, speeds and shares of its bandwidth, products against "
     "cuBLAS, transformers on a GPU, cost models of a GPU"
 )
-"""What only a GPU can show."""
+"""Results that need a GPU."""
 VERIFY_AIM, BANDWIDTH_AIM = 1.1, 80.0
 COMPARED_SESSIONS: Final = 32
 

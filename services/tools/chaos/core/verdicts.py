@@ -82,7 +82,7 @@ class ChaosResult:
     results: int = 0
     """Results in the journal that were compared with Redis."""
     run_results: int = 0
-    """Those of them that report tokens of runs."""
+    """Compared results that report tokens of runs."""
     problems: list[str] = field(default_factory=list)
     """Everything that makes the run fail."""
     seconds: float = 0.0

@@ -100,7 +100,7 @@ class ClassView:
     ended: int
     """Ended sessions, without refused ones and those aborted by their clients."""
     promised: int
-    """Those of them that had an SLO; the others were best effort."""
+    """Ended sessions that had an SLO; the others were best effort."""
     attained: int
     """Sessions that finished within their SLO."""
     attainment: float | None
