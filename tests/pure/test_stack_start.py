@@ -124,7 +124,7 @@ async def test_services_that_gave_up_are_started_again(
     stack = light()
 
     async def answer(self: AnnouncedBrokers) -> None:
-        while [process.alive for _, process in stack._processes] != [True, False]:  # noqa: ASYNC110 - of other processes
+        while [process.alive for _, process in stack._services.launched] != [True, False]:  # noqa: ASYNC110 - of other processes
             await asyncio.sleep(0.01)
 
     monkeypatch.setattr(announced, "answer", answer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -15,31 +14,20 @@ from typing import Any, TypeVar
 from aiormq.exceptions import AMQPError
 from redis.exceptions import RedisError
 
-from services.tools.local import logs
 from services.tools.local.brokers import Brokers
-from services.tools.local.folder import RunFolder, RunningSuite, checkout, note_suite, state_folder
+from services.tools.local.folder import RunFolder, RunningSuite, note_suite, state_folder
 from services.tools.local.namespace import delete_namespace
 from services.tools.local.ports import LOOPBACK
 from services.tools.local.process import Process
 from services.tools.local.progress import Progress
-from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_ORDER, ServiceCommands, Serving
+from services.tools.local.service_commands import API_SERVICES, STOP_ORDER, ServiceCommands, Serving
+from services.tools.local.service_processes import STOP_GRACE_S, ServiceFailed, ServiceProcesses
 from services.tools.local.service_settings import refuse_bad_settings
 from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
 from shared.broker.client import CONNECT_TIMEOUT_S
-from shared.errors import WispError
 from shared.runtime.settings import AMQP_EXAMPLE, REDIS_EXAMPLE
 
-START_S = 600.0
-"""Longest wait for a process; one that dies ends it at once. Two busy cores took over three minutes for all models."""
-STOP_GRACE_S = 25.0
-POLL_S = 0.05
-READY_EVENTS = frozenset({"ready", "serving"})
-
 T = TypeVar("T")
-
-
-class ServiceFailed(WispError):
-    """A process of the stack ended by itself, or was not ready in time."""
 
 
 class Stack:
@@ -90,34 +78,27 @@ class Stack:
         self._given_brokers = brokers
         self._namespace = namespace
         self._progress = progress or Progress()
-        self._processes: list[tuple[str, Process]] = []
-        self._started: Counter[str] = Counter()
-        self._stopped: set[int] = set()
-        self._urls: dict[int, str] = {}
+        self._services = ServiceProcesses(self.env_of)
         self._resources = AsyncExitStack()
-        self._failed: asyncio.Future[None] | None = None
-        self._watchers: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Stack:
         self.refuse_bad_settings()
         async with AsyncExitStack() as resources:
             self._run = resources.enter_context(RunFolder(self.purpose))
-            self.folder = self._run.path
+            self.folder = self._services.folder = self._run.path
             self.brokers = self._given_brokers or Brokers(self.folder, progress=self._progress)
             has_own = self._given_brokers is None and self.serving == "wisp"
             if has_own:
                 resources.push_async_callback(self.brokers.stop)
                 await self._start_brokers()
-            self._failed = asyncio.get_running_loop().create_future()
-            if has_own:
                 for server in self.brokers.servers:
                     for process in server.processes:
-                        self._observe(process)
-            self._commands = self._make_commands()
+                        self._services.observe(process)
+            self._services.commands = self._make_commands()
             if self.serving == "wisp":
                 amqp_url = None if self.brokers.given else self.brokers.amqp_url
                 note_suite(self.folder, RunningSuite(self.namespace, amqp_url))
-            if has_own and self._commands.namespace == self.folder.name:
+            if has_own and self.namespace == self.folder.name:
                 resources.push_async_callback(self._delete_namespace)
             resources.push_async_callback(self._stop_all)
             await self._start_all()
@@ -173,32 +154,24 @@ class Stack:
         try:
             await asyncio.wait({starting, addressed}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
-                self._commands = self._make_commands()
-                given = self._commands.amqp_url, self._commands.redis_url
+                commands = self._services.commands = self._make_commands()
+                given = commands.amqp_url, commands.redis_url
                 launched_s = time.monotonic()
                 for service in self._wanted():
-                    await self._launch(service, {})
+                    await self._services.launch(service, {})
             await starting
         except BaseException:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            await self._discard_all()
+            await self._services.discard_all()
             raise
         finally:
             addressed.cancel()
-        ended = not all(process.alive for _, process in self._processes)
+        ended = not all(process.alive for _, process in self._services.launched)
         # One that has given up lives until its end is complete.
         late = time.monotonic() - launched_s > CONNECT_TIMEOUT_S / 2
         if ended or late or given != (self.brokers.amqp_url, self.brokers.redis_url):
-            await self._discard_all()
-
-    async def _discard_all(self) -> None:
-        """Kill the services, which are to be started again under the same names."""
-        await asyncio.gather(*(process.stop(signal.SIGKILL) for _, process in self._processes))
-        for _, process in self._processes:
-            process.log.unlink(missing_ok=True)
-        self._processes.clear()
-        self._started.clear()
+            await self._services.discard_all()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -208,7 +181,7 @@ class Stack:
     @property
     def namespace(self) -> str:
         """Prefix of this stack's exchange, queues and keys."""
-        return self._commands.namespace
+        return self._services.commands.namespace
 
     @property
     def url(self) -> str:
@@ -218,8 +191,8 @@ class Stack:
     @property
     def urls(self) -> list[str]:
         """Base URLs of the gateways, or of the baseline, that run and have been ready."""
-        there = [process for service in API_SERVICES for process in self.processes(service)]
-        return [self._urls[process.pid] for process in there if process.pid in self._urls]
+        there = [process.pid for service in API_SERVICES for process in self.processes(service)]
+        return [self._services.urls[pid] for pid in there if pid in self._services.urls]
 
     def keep_logs(self) -> Path:
         """Keep the services' logs after the end, as after a failure; return their folder."""
@@ -228,11 +201,11 @@ class Stack:
 
     def url_of(self, gateway: Process) -> str:
         """Return the base URL of a gateway that has been ready."""
-        return self._urls[gateway.pid]
+        return self._services.urls[gateway.pid]
 
     def processes(self, service: str | None = None) -> list[Process]:
         """Return the running processes of a service, or of all, in the order of their start."""
-        return [process for name, process in self._processes if service in (None, name) and process.alive]
+        return self._services.running(service)
 
     async def start(
         self, service: str, count: int = 1, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
@@ -241,7 +214,7 @@ class Stack:
 
         env: variables for these processes only. under: a command line that runs the service's command.
         """
-        started = [await self._start(service, env or {}, under) for _ in range(count)]
+        started = [await self._services.start(service, env or {}, under) for _ in range(count)]
         await asyncio.gather(*(self._until_ready(service, process) for process in started))
         return started
 
@@ -249,32 +222,15 @@ class Stack:
         self, process: Process, number: signal.Signals = signal.SIGTERM, grace_s: float = STOP_GRACE_S
     ) -> int:
         """Stop one process with a signal; kill it after `grace_s`. Return its exit status."""
-        self._stopped.add(process.pid)
-        return await process.stop(number, grace_s)
+        return await self._services.stop(process, number, grace_s)
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work`; raise ServiceFailed as soon as a process ends by itself."""
-        assert self._failed is not None
-        task = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {task, self._failed}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                self._failed.result()
-            return await task
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        return await self._services.watch(work)
 
     async def next_failure(self) -> ServiceFailed:
         """Wait until a process ends by itself; call again for the next one."""
-        assert self._failed is not None
-        await asyncio.wait({self._failed})
-        failure = self._failed.exception()
-        self._failed = asyncio.get_running_loop().create_future()
-        assert isinstance(failure, ServiceFailed)
-        return failure
+        return await self._services.next_failure()
 
     @property
     def complete(self) -> bool:
@@ -294,9 +250,11 @@ class Stack:
         if not wanted:
             return
         with self._progress.step("starting the services") as step:
-            for _, process in self._processes:
-                self._observe(process)
-            processes = self._processes[:] or [(service, await self._start(service, {})) for service in self._wanted()]
+            for _, process in self._services.launched:
+                self._services.observe(process)
+            processes = self._services.launched[:] or [
+                (service, await self._services.start(service, {})) for service in self._wanted()
+            ]
             waiting = {process.name for _, process in processes}
 
             async def ready(service: str, process: Process) -> None:
@@ -308,69 +266,13 @@ class Stack:
             await self.watch(_all(ready(service, process) for service, process in processes))
             step.done(", ".join(service if count == 1 else f"{count} {service}s" for service, count in wanted.items()))
 
-    async def _start(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
-        process = await self._launch(service, env, under)
-        self._observe(process)
-        return process
-
-    async def _launch(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
-        if service not in SERVICES:
-            raise ValueError(f"there is no service {service!r}; the services are {', '.join(SERVICES)}")
-        # Count before the first await: several processes may be started concurrently.
-        self._started[service] += 1
-        name = f"{service}-{self._started[service]}"
-        process = await Process.start(
-            name,
-            [*under, *self._commands.command(service)],
-            log=self.folder / f"{name}.log",
-            environment=self._commands.environment(service, name, {**self.env_of.get(service, {}), **env}),
-            folder=checkout(),
-        )
-        self._processes.append((service, process))
-        return process
-
-    def _observe(self, process: Process) -> None:
-        watcher = asyncio.create_task(self._watch(process))
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
-
-    async def _watch(self, process: Process) -> None:
-        status = await process.wait()
-        assert self._failed is not None
-        if process.pid not in self._stopped and not self._failed.done():
-            self._failed.set_exception(
-                ServiceFailed(
-                    f"{process.name} ended with status {status}. The end of its log ({process.log}):\n"
-                    f"{logs.readable(process.tail(15))}"
-                )
-            )
-            self._failed.exception()  # mark it as retrieved: `watch` or `next_failure` reports it
-
     async def _until_ready(self, service: str, process: Process) -> None:
-        """Wait for the process's ready event in its log and, if it has an API, for its `/ready`."""
-        try:
-            async with asyncio.timeout(START_S):
-                while not (ready := logs.find(process.log, READY_EVENTS)):
-                    if not process.alive:
-                        raise ServiceFailed(
-                            f"{process.name} ended with status {process.returncode} before it was ready. "
-                            f"The end of its log:\n{logs.readable(process.tail(15))}"
-                        )
-                    await asyncio.sleep(POLL_S)
-                if service in API_SERVICES:
-                    self._urls[process.pid] = url = str(ready["url"])
-                    if service == "baseline" or self.counts["verifier"]:
-                        await logs.until_answers(url.removesuffix("/v1") + "/ready", POLL_S)
-        except TimeoutError:
-            raise ServiceFailed(
-                f"{process.name} was not ready within {START_S:.0f} s. The end of its log ({process.log}):\n"
-                f"{logs.readable(process.tail(15))}"
-            ) from None
+        answers = service == "baseline" or self.counts.get("verifier", 0) > 0
+        await self._services.until_ready(service, process, answers=answers)
 
     async def _stop_all(self) -> None:
         """Stop the services in an order that lets running work end."""
-        for watcher in self._watchers:
-            watcher.cancel()
+        self._services.end_watching()
         with self._progress.step("stopping the services") as step:
             for service in STOP_ORDER:
                 await asyncio.gather(*(self.stop(process) for process in self.processes(service)))
