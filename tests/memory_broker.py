@@ -87,6 +87,11 @@ class MemoryServer:
             consumer.busy -= 1
             self.deliver(queue)
 
+    def close(self) -> None:
+        """End the handlers that still run."""
+        for task in self._handling:
+            task.cancel()
+
     async def handled(self) -> None:
         """Wait until the handlers of all delivered messages have returned."""
         while self._handling:

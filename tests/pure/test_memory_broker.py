@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -12,13 +13,14 @@ from shared.broker.client import Broker
 
 
 @pytest.fixture
-def connect() -> Connect:
+def connect() -> Iterator[Connect]:
     server = MemoryServer()
 
     async def make(_name: str) -> Broker:
         return cast("Broker", MemoryBroker(server))
 
-    return make
+    yield make
+    server.close()
 
 
 class TestMemoryBroker(BrokerContract):
