@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import builders
 import pytest
-from builders import generate, result
+from builders import generate, result, verify
 from gateway_peer import eventually
 from patience import HANG_S
 
@@ -132,6 +132,18 @@ class BrokerContract:
         await eventually(lambda: sum(inbox.messages.qsize() for inbox in inboxes) == 10)
         taken = [inbox.messages.get_nowait() for inbox in inboxes for _ in range(inbox.messages.qsize())]
         assert sorted(taken, key=str) == sorted((generate(f"s{i}") for i in range(10)), key=str)
+
+    async def test_one_scheduler_gets_all_rounds_until_it_leaves(self, connect: Connect) -> None:
+        first, second, sender = await connect("first"), await connect("second"), await connect("sender")
+        active, standby = Inbox(), Inbox()
+        end = await first.consume(first.topology.verify_queue(), active)
+        await second.consume(second.topology.verify_queue(), standby)
+        for i in range(10):
+            await sender.publish(verify(f"a{i}"), topology.VERIFY)
+        assert [await active.next() for _ in range(10)] == [verify(f"a{i}") for i in range(10)]
+        await end()
+        await sender.publish(verify("b"), topology.VERIFY)
+        assert await standby.next() == verify("b"), "and none before"
 
     async def test_a_request_that_is_given_back_is_delivered_again(self, connect: Connect) -> None:
         broker, sender, inbox = await connect("drafter"), await connect("sender"), Inbox()

@@ -35,7 +35,19 @@ class MemoryQueue:
     bindings: set[str] = field(default_factory=set)
     waiting: deque[bytes] = field(default_factory=deque)
     consumers: deque[MemoryConsumer] = field(default_factory=deque)
-    """The next message goes to the first one that has room."""
+    """The next message goes to the first one that has room, which is the last one then."""
+    has_one_active: bool = False
+    """True if all messages go to the first consumer."""
+
+    def next_consumer(self) -> MemoryConsumer | None:
+        """Return the consumer of the next message, if it has room."""
+        if self.has_one_active:
+            return self.consumers[0] if self.consumers and self.consumers[0].has_room else None
+        found = next((one for one in self.consumers if one.has_room), None)
+        if found is not None:
+            self.consumers.remove(found)
+            self.consumers.append(found)
+        return found
 
     def takes(self, keys: Sequence[str]) -> bool:
         """Return whether the queue is bound to one of these keys."""
@@ -65,9 +77,7 @@ class MemoryServer:
 
     def deliver(self, queue: MemoryQueue) -> None:
         """Hand waiting messages to the consumers that have room, in turn."""
-        while queue.waiting and (consumer := next((one for one in queue.consumers if one.has_room), None)):
-            queue.consumers.remove(consumer)
-            queue.consumers.append(consumer)
+        while queue.waiting and (consumer := queue.next_consumer()):
             consumer.busy += 1
             task = asyncio.ensure_future(self._handle(queue, consumer, queue.waiting.popleft()))
             self._handling.add(task)
@@ -124,10 +134,11 @@ class MemoryBroker:
     async def consume(
         self, queue: Queue, handler: Handler, *, prefetch: int = 0, priority: int = 0
     ) -> Callable[[], Awaitable[None]]:
-        if priority or queue.arguments.get("x-single-active-consumer"):
-            raise NotImplementedError("priorities and single active consumers are RabbitMQ's")
+        if priority:
+            raise NotImplementedError("consumers in memory have no priorities")
         kept = self.server.queues.setdefault(queue.name, MemoryQueue())
         kept.bindings |= set(queue.bindings)
+        kept.has_one_active = queue.arguments.get("x-single-active-consumer", False)
         consumer = MemoryConsumer(handler, prefetch)
         kept.consumers.append(consumer)
         self.server.deliver(kept)

@@ -87,7 +87,7 @@ async def served(learning: StubLearning, *, tokens: int = 30, length: int = 2) -
     broker, rounds = MemoryBroker(), Inbox()
     drafter = drafter_with(broker, learning, length)
     await drafter.take_requests()
-    await broker.consume(broker.topology.own_queue("scheduler", "s1", (topology.VERIFY,)), rounds)
+    await broker.consume(broker.topology.verify_queue(), rounds)
     request = builders.generate(prompt=PROMPT, max_tokens=tokens, fingerprint="f")
     await broker.publish(request, topology.generate("pool"), persistent=True)
     await answer(drafter, rounds, tokens)

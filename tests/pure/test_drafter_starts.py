@@ -44,7 +44,7 @@ async def serving(grammars: SlowGrammars) -> tuple[Drafter, MemoryBroker, Inbox]
     broker, rounds = MemoryBroker(), Inbox()
     drafter = Drafter("d1", "default", options, drafting, cast("Broker", broker), None, None)
     await drafter.take_requests()
-    await broker.consume(broker.topology.own_queue("scheduler", "s1", (topology.VERIFY,)), rounds)
+    await broker.consume(broker.topology.verify_queue(), rounds)
     return drafter, broker, rounds
 
 
