@@ -81,7 +81,7 @@ def test_only_times_for_people_come_from_a_wall_clock() -> None:
         "services.gateway.request",
         "shared.kernels.native",
         "shared.models.chat",
-        "shared.models.folder",
+        "shared.models.folder_files",
     }
 
 

@@ -19,8 +19,7 @@ CROSSOVER_PANEL = "Crossover of drafts and plain decoding"
 
 SessionsOption = Annotated[str | None, sessions_option(SESSIONS)]
 WorkloadOption = Annotated[Path | None, typer.Option(help="TOML file of the workload.", rich_help_panel=REQUESTS_PANEL)]
-PrintSessionsOption = Annotated[str | None, sessions_option(SESSIONS)]
-WorkloadOption = Annotated[
+PrintWorkloadOption = Annotated[
     bool, typer.Option("--print-workload", help="Print the packaged one and exit.", rich_help_panel=REQUESTS_PANEL)
 ]
 SeedOption = Annotated[
