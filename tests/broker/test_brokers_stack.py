@@ -17,7 +17,8 @@ from patience import HANG_S
 
 from services.tools.local.background import Background
 from services.tools.local.brokers import Brokers
-from services.tools.local.stack import ServiceFailed, Stack
+from services.tools.local.service_processes import ServiceFailed
+from services.tools.local.stack import Stack
 from shared.broker.topology import Topology
 from shared.errors import SettingsError
 

@@ -7,7 +7,8 @@ import threading
 from concurrent.futures import Future
 from types import TracebackType
 
-from services.tools.local.stack import ServiceFailed, Stack
+from services.tools.local.service_processes import ServiceFailed
+from services.tools.local.stack import Stack
 
 
 class Background:
