@@ -54,8 +54,8 @@ async def test_each_round_of_an_idle_suite_is_timed_by_hop(brokers: Brokers, tar
     assert all(megabytes > 0 for _, megabytes in memory)
 
 
-async def test_a_gateways_streams_are_timed_for_the_default_model(target_folder: Path) -> None:
-    (row,) = await gateway.measure(target_folder, 4, [80], 4, 32, 2.0, Progress())
+async def test_a_gateways_streams_are_timed_for_the_default_model(brokers: Brokers, target_folder: Path) -> None:
+    (row,) = await gateway.measure(target_folder, 4, [80], 4, 32, 2.0, Progress(), brokers)
     measured = dict(zip(gateway.COLUMNS, row, strict=True))
     assert measured["received"] > 0
     assert measured["median ms"] > 0

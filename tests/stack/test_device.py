@@ -177,7 +177,7 @@ async def cluster(
             # Drafts of a tiny model never pay; here they are sent all the same.
             "WISP_WITHOUT": '["runs"]',
         }
-        env_of["verifier"] |= secret
+        env_of["verifier"] |= secret | {"WISP_PROFILE": "false", "WISP_THREADS": "1"}
         async with (
             Brokers(folder, addresses=given) as brokers,
             Stack(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -38,36 +37,42 @@ def long_cases(target_folder: Path) -> list[Case]:
     return found
 
 
-@asynccontextmanager
-async def scheduling(stack: Stack, policy: str) -> AsyncIterator[None]:
-    """Replace the running scheduler by one with this policy and short batches."""
-    before = stack.processes("scheduler")
-    env = {"WISP_POLICY": policy, "WISP_MAX_BATCH_MS": "150", "WISP_SLED_BATCH": "5", "WISP_MAX_WAIT_MS": "2000"}
-    env["WISP_WITHOUT"] = "[]"
-    new = await stack.start("scheduler", env=env)
-    for process in before:
-        await stack.stop(process)
-    try:
-        yield
-    finally:
-        await stack.start("scheduler")
-        for process in new:
+@pytest.fixture(scope="module")
+async def schedule(stack: Stack) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
+    """Replaces the running scheduler by one with a policy and short batches, until the tests here end."""
+
+    async def replace(env: dict[str, str]) -> None:
+        before = stack.processes("scheduler")
+        await stack.start("scheduler", env=env)
+        for process in before:
             await stack.stop(process)
+
+    async def by(policy: str) -> None:
+        short = {"WISP_MAX_BATCH_MS": "150", "WISP_SLED_BATCH": "5", "WISP_MAX_WAIT_MS": "2000"}
+        await replace({"WISP_POLICY": policy, "WISP_WITHOUT": "[]", **short})
+
+    yield by
+    await replace({})
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_every_policy_gives_the_same_completions(
-    stack: Stack, client: Client, cases: list[Case], long_cases: list[Case], traffic: Traffic, policy: str
+    schedule: Callable[[str], Awaitable[None]],
+    client: Client,
+    cases: list[Case],
+    long_cases: list[Case],
+    traffic: Traffic,
+    policy: str,
 ) -> None:
     asked = [*cases, *long_cases]
-    async with scheduling(stack, policy):
-        traffic.clear()
-        answers = await asyncio.gather(
-            *(
-                client.ask(case, draft="combined", headers=SLO_HEADERS[number % len(SLO_HEADERS)])
-                for number, case in enumerate(asked)
-            )
+    await schedule(policy)
+    traffic.clear()
+    answers = await asyncio.gather(
+        *(
+            client.ask(case, draft="combined", headers=SLO_HEADERS[number % len(SLO_HEADERS)])
+            for number, case in enumerate(asked)
         )
+    )
     assert [i for i, (case, answer) in enumerate(zip(asked, answers, strict=True)) if answer != case.tokens] == []
     assert max(len(case.prompt) for case in long_cases) > 300
     if not POLICIES[policy].static:

@@ -18,21 +18,21 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.messages import SILENT_MS, Halt
 
+RUNS = {"WISP_WITHOUT": "[]"}
 
-@asynccontextmanager
+
+@pytest.fixture(scope="module")
 async def with_runs(stack: Stack) -> AsyncIterator[None]:
-    """Let verifiers decode by themselves while the context lasts."""
+    """Two schedulers under which verifiers decode by themselves, in place of the one without runs."""
     before = stack.processes("scheduler")
-    new = await stack.start("scheduler", 2, env={"WISP_WITHOUT": "[]"})
+    await stack.start("scheduler", 2, env=RUNS)
     for process in before:
         await stack.stop(process)
-    try:
-        yield
-    finally:
-        await stack.start("scheduler")
-        for process in new:
-            if process in stack.processes("scheduler"):
-                await stack.stop(process)
+    yield
+    new = stack.processes("scheduler")
+    await stack.start("scheduler")
+    for process in new:
+        await stack.stop(process)
 
 
 @asynccontextmanager
@@ -61,10 +61,11 @@ def by_origin(traffic: Traffic) -> tuple[int, int]:
     return runs, sum(len(result.tokens) for result in traffic.results if not result.run)
 
 
+@pytest.mark.usefixtures("with_runs")
 async def test_switched_to_and_from_at_random(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic
 ) -> None:
-    async with with_runs(stack), halting(stack, traffic):
+    async with halting(stack, traffic):
         for draft in ("none", "lookup", "combined"):
             traffic.clear()
             answers = await client.ask_all(cases, draft)
@@ -75,24 +76,24 @@ async def test_switched_to_and_from_at_random(
             assert any(result.copied for result in traffic.results) is (draft != "none"), draft
 
 
+@pytest.mark.usefixtures("with_runs")
 @pytest.mark.parametrize("fault", ["verifier", "drafter", "scheduler", "freeze"])
 async def test_when_a_service_fails_in_the_middle_of_runs(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic, fault: str
 ) -> None:
-    async with with_runs(stack):
-        traffic.clear()
-        streams = asyncio.create_task(client.ask_all(cases, "none"))
-        await progressed(traffic, 30)
-        assert any(result.run_left for result in traffic.results)
-        if fault == "freeze":
-            frozen = stack.processes("verifier")[0]
-            os.kill(frozen.pid, signal.SIGSTOP)
-            await asyncio.sleep(SILENT_MS / 1000 + 1.0)
-            os.kill(frozen.pid, signal.SIGCONT)
-        else:
-            await stack.stop(stack.processes(fault)[0], signal.SIGKILL)
-        try:
-            assert await streams == [case.tokens for case in cases]
-        finally:
-            if fault in ("verifier", "drafter"):
-                await stack.start(fault)
+    traffic.clear()
+    streams = asyncio.create_task(client.ask_all(cases, "none"))
+    await progressed(traffic, 30)
+    assert any(result.run_left for result in traffic.results)
+    if fault == "freeze":
+        frozen = stack.processes("verifier")[0]
+        os.kill(frozen.pid, signal.SIGSTOP)
+        await asyncio.sleep(SILENT_MS / 1000 + 1.0)
+        os.kill(frozen.pid, signal.SIGCONT)
+    else:
+        await stack.stop(stack.processes(fault)[0], signal.SIGKILL)
+    try:
+        assert await streams == [case.tokens for case in cases]
+    finally:
+        if fault != "freeze":
+            await stack.start(fault, env=RUNS if fault == "scheduler" else {})

@@ -33,6 +33,7 @@ from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.words import random_words
 from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
+from services.tools.local.brokers import Brokers
 from services.tools.local.progress import ConsoleProgress, Progress
 from services.tools.local.stack import Stack
 from shared.broker import topology
@@ -264,13 +265,21 @@ def _aim(row: list[Any]) -> str:
 
 
 async def measure(
-    folder: Path, streams: int, rates: list[int], batch: int, answer: int, seconds: float, progress: Progress
+    folder: Path,
+    streams: int,
+    rates: list[int],
+    batch: int,
+    answer: int,
+    seconds: float,
+    progress: Progress,
+    brokers: Brokers | None = None,
 ) -> list[list[Any]]:
-    """Return a row for each rate."""
+    """Return a row for each rate. brokers: by default, the suite has its own."""
     env = {"WISP_ADMISSION": "false", "WISP_DTYPE": AUTO, "WISP_MAX_SESSIONS": str(4 * streams)}
     rows = []
     async with Stack(
         "bench-gateway",
+        brokers=brokers,
         drafters=0,
         schedulers=0,
         estimators=0,
