@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
-from services.scheduler.core.kv_room import GROWTH, LATE_TURN, QUIET_MS, RECOUNT_MS, begin_order
+from services.scheduler.core.kv_room import (
+    GROWTH,
+    LATE_TURN,
+    LONGEST_PAUSE_MS,
+    QUIET_MS,
+    RECOUNT_MS,
+    begin_order,
+)
 from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.scheduler.core.pool import PendingRound
 from services.scheduler.core.verifier_runs import whole_blocks
@@ -258,3 +265,51 @@ def test_begun_sessions_fit_and_all_are_served(seed: int, lengths: list[int], ve
                 d.on_cancel(session)
                 del running[session]
     assert seen == len(lengths)
+
+
+def test_sessions_that_wait_for_another_model_keep_none_back() -> None:
+    d = dispatcher()
+    beat(d, "other", 0.0, fingerprint="g")
+    for i in range(HOLDS + 20):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    d.on_verify(prompt("g1", fingerprint="g"), 1.0)
+    assert served(d, 1.0) == ["g1"], "more sessions than are tried at once wait for the other model"
+    now_ms = MAX_WAIT_MS + 10
+    beat(d, "v1", now_ms)
+    beat(d, "other", now_ms, fingerprint="g")
+    d.on_verify(prompt("g2", fingerprint="g"), now_ms)
+    assert served(d, now_ms) == ["g2"], "they have waited for the longest time"
+
+
+def test_an_old_session_keeps_others_of_its_verifiers_back() -> None:
+    d = dispatcher(verifiers=0)
+    beat(d, "v1", 0.0, features=["rows"])
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    d.on_verify(prompt("long", 1000), 1.0)
+    d.on_verify(prompt("short", 100, fingerprint="f+rows"), 2.0)
+    beat(d, "v1", MAX_WAIT_MS + 10, features=["rows"])
+    d.on_cancel("s0")
+    assert served(d, MAX_WAIT_MS + 10) == []
+    assert list(d.fleet.waiting) == ["long", "short"]
+
+
+def test_a_session_that_has_begun_pauses_for_a_limited_time() -> None:
+    d = dispatcher(verifiers=2)
+    for i in range(2 * HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    moved, stayed = (sorted(d.fleet.verifiers[name].sessions) for name in ("v2", "v1"))
+    for session in moved:
+        d.on_verify(builders.verify(session, 1, PROMPT + 1, []), 10.0)
+    d.on_returned("v2", 10.0)
+    d.on_verify(prompt("new"), 10.0)
+    for now_ms in (20.0, LONGEST_PAUSE_MS, LONGEST_PAUSE_MS + 20):
+        beat(d, "v1", now_ms)
+        for session in stayed:
+            d.on_verify(builders.verify(session, int(now_ms), PROMPT + 1, []), now_ms)
+        went_on = sorted(set(served(d, now_ms)) - {*stayed})
+        assert went_on == ([] if now_ms <= LONGEST_PAUSE_MS else moved)
+    assert list(d.fleet.waiting) == ["new"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 
 from services.scheduler.core import placement
-from services.scheduler.core.kv_room import LATE_TURN, KvRoom, begin_order
+from services.scheduler.core.kv_room import LATE_TURN, KvRoom, begin_order, has_paused
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, queued_round
 from shared import cost
@@ -17,7 +18,7 @@ CHANGED = 1.25
 REMEMBERED = 1000
 """Cost models that are remembered: a verifier that was away is predicted by its own again."""
 MOST_TRIED = 16
-"""Waiting sessions that are tried at once: there may be thousands, and all may be too long for the room there is."""
+"""Waiting sessions of a model that are tried at once: there may be thousands, all too long for the room there is."""
 
 
 class VerifierFleet:
@@ -89,7 +90,8 @@ class VerifierFleet:
     def begin_waiting(self, now_ms: float) -> None:
         """Queue the rounds of the waiting sessions for which there is room now.
 
-        A session that has waited for the longest time lets no others pass: it may be the longest of all.
+        A session that has waited for the longest time lets no others pass on the verifiers that may take it: it may be
+        the longest of all.
         """
         if not self._may_have_room or not self.waiting:
             return
@@ -100,19 +102,33 @@ class VerifierFleet:
     def _begin_one(self, now_ms: float) -> bool:
         late_first = self._began % LATE_TURN == LATE_TURN - 1
         order = begin_order(self.waiting.values(), now_ms, self._max_wait_ms, late_first=late_first)
-        for pending in islice(order, MOST_TRIED):
-            if self._placed(pending, now_ms, begins=True):
+        kept: set[str] = set()
+        tried: Counter[tuple[str, ...]] = Counter()
+        for pending in order:
+            # Sessions of another model or arithmetic may have room on other verifiers.
+            kind = (pending.verify.fingerprint, *pending.verify.committed_in)
+            if tried[kind] == MOST_TRIED:
+                continue
+            tried[kind] += 1
+            begins = self._begins(pending) and not has_paused(pending, now_ms)
+            if self._placed(pending, now_ms, begins=begins, kept=kept):
                 del self.waiting[pending.session_id]
                 return True
             if now_ms - pending.arrived_ms >= self._max_wait_ms:
-                return False
+                tried[kind] = MOST_TRIED
+                kept.update(v.verifier_id for v in placement.fitting(pending, self.verifiers.values(), mix=self._mix))
         return False
 
-    def _placed(self, pending: PendingRound, now_ms: float, *, begins: bool) -> bool:
-        """Queue a round, or note that no verifier may take it; return False if its session `begins` and has no room."""
+    def _placed(
+        self, pending: PendingRound, now_ms: float, *, begins: bool, kept: Collection[str] = frozenset()
+    ) -> bool:
+        """Queue a round, or note that no verifier may take it; return False if its session `begins` and has no room.
+
+        kept: verifiers whose room is for others.
+        """
 
         def has_room(verifier: VerifierState) -> bool:
-            return self._room.fits(pending, verifier, now_ms)
+            return verifier.verifier_id not in kept and self._room.fits(pending, verifier, now_ms)
 
         state = placement.place(
             pending,

@@ -24,6 +24,9 @@ RECOUNT_MS = 100.0
 """Sessions grow and become quiet; how much they take is counted anew after this time at the latest."""
 LATE_TURN = 4
 """Of so many sessions that begin, one is late already, if any is: no session waits for ever."""
+LONGEST_PAUSE_MS = 10_000.0
+"""A session that has begun and lost its verifier goes on after this time, even if others lose their KV by it: its user
+waits in the middle of a text, and its gateway takes it for stalled after a minute (`WISP_STALL_TIMEOUT_S`)."""
 
 
 class KvRoom:
@@ -103,6 +106,11 @@ def begin_order(
         line.sort(key=lambda pending: (pending.arrived_ms, pending.session_id))
     turn, late = (late[:1], late[1:]) if late_first else ([], late)
     return [*begun, *turn, *timely, *late]
+
+
+def has_paused(pending: PendingRound, now_ms: float) -> bool:
+    """Return whether a round's session has begun before, and has waited for so long that it goes on without room."""
+    return pending.verify.round > 0 and now_ms - pending.arrived_ms >= LONGEST_PAUSE_MS
 
 
 def _needed(length: int) -> int:

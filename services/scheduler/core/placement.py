@@ -56,12 +56,12 @@ def place(
         def has_room(verifier: VerifierState) -> bool:
             return verifier.heartbeat.free_tokens >= pending.length_after
 
-    fitting = _fitting(pending, [v for v in verifiers if v.usable], mix)
-    at_home = home(pending, fitting)
-    if at_home is not None and (not migrate or len(fitting) == 1):
+    candidates = fitting(pending, verifiers, mix=mix)
+    at_home = home(pending, candidates)
+    if at_home is not None and (not migrate or len(candidates) == 1):
         return at_home
-    roomy = [v for v in fitting if v is at_home or has_room(v)] or fitting
-    session_rate = prompt_rate / (1 + sum(_others(pending, v) for v in fitting))
+    roomy = [v for v in candidates if v is at_home or has_room(v)] or candidates
+    session_rate = prompt_rate / (1 + sum(_others(pending, v) for v in candidates))
     times = {v.verifier_id: _time_ms(pending, v, queues[v.verifier_id], now_ms, session_rate) for v in roomy}
     best = min(roomy, key=lambda v: (times[v.verifier_id], v.verifier_id), default=None)
     if (
@@ -73,13 +73,14 @@ def place(
     return best
 
 
-def _fitting(pending: PendingRound, usable: Sequence[VerifierState], mix: bool) -> Sequence[VerifierState]:
-    """Return the verifiers that may verify a round.
+def fitting(pending: PendingRound, verifiers: Iterable[VerifierState], *, mix: bool) -> Sequence[VerifierState]:
+    """Return the usable verifiers that may verify a round.
 
     They serve the session's model, with the features that it needs, in the arithmetic of its committed tokens. If none
     of these has this arithmetic, a session that may `mix` continues in another. If there is no such verifier, any
     verifier may refuse the round.
     """
+    usable = [v for v in verifiers if v.usable]
     fingerprint = pending.verify.fingerprint
     of_model = [v for v in usable if v.heartbeat.fingerprint == model_of(fingerprint)]
     if needed := features_of(fingerprint):
