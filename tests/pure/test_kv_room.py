@@ -44,7 +44,8 @@ def dispatcher(policy: str = "wisp+", verifiers: int = 1, **more: Any) -> Dispat
 def beat(d: Dispatcher, name: str, now_ms: float, **more: Any) -> None:
     state = d.fleet.verifiers.get(name)
     held = {} if state is None else state.cached
-    d.on_heartbeat(builders.heartbeat(name, held, total_tokens=ROOM, **more), now_ms)
+    room = {"total_tokens": ROOM, "free_tokens": max(0, ROOM - sum(map(whole_blocks, held.values())))}
+    d.on_heartbeat(builders.heartbeat(name, held, **room | more), now_ms)
 
 
 def prompt(name: str, length: int = PROMPT, **more: Any) -> Verify:
@@ -313,3 +314,33 @@ def test_a_session_that_has_begun_pauses_for_a_limited_time() -> None:
         went_on = sorted(set(served(d, now_ms)) - {*stayed})
         assert went_on == ([] if now_ms <= LONGEST_PAUSE_MS else moved)
     assert list(d.fleet.waiting) == ["new"]
+
+
+def test_a_beginning_that_sessions_share_takes_room_once() -> None:
+    d = dispatcher()
+    for i in range(2 * HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    begun = served(d, 0.0)
+    assert len(begun) == HOLDS
+    in_use = 256 + HOLDS * whole_blocks(PROMPT + 1 - 256)
+    now_ms = RECOUNT_MS + 1
+    beat(d, "v1", now_ms, free_tokens=ROOM - in_use)
+    begun += served(d, now_ms)
+    assert HOLDS < len(begun) < 2 * HOLDS, "those that begin may share nothing"
+    taken = in_use + GROWTH * HOLDS + (len(begun) - HOLDS) * whole_blocks(PROMPT + GROWTH)
+    assert taken <= ROOM
+    now_ms += RECOUNT_MS + 1
+    beat(d, "v1", now_ms, free_tokens=0)
+    assert served(d, now_ms) == [], "nothing is shared"
+
+
+def test_a_prompt_of_a_session_that_has_ended_does_not_wait() -> None:
+    d = dispatcher(verifiers=2)
+    for i in range(2 * HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    d.dispatch(0.0)
+    ended = next(iter(d.fleet.verifiers["v2"].in_flight[0].jobs))
+    d.on_cancel(ended)
+    d.on_returned("v2", 1.0)
+    assert d.fleet.waiting
+    assert ended not in d.fleet.waiting

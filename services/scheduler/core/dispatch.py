@@ -387,8 +387,9 @@ class Dispatcher:
         self._requeue(self.fleet.drop(verifier_id, now_ms), now_ms)
 
     def _requeue(self, rounds: Iterable[PendingRound], now_ms: float) -> None:
+        """Pool rounds again, but those of sessions that have ended meanwhile or have another round pending."""
         for pending in rounds:
-            if self.fleet.pending_round(pending.session_id) is None:
+            if pending.session_id in self.fleet.sessions and self.fleet.pending_round(pending.session_id) is None:
                 self.fleet.add(pending, now_ms)
 
     def _forget(self, session_id: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 from services.scheduler.core import placement
-from services.scheduler.core.kv_room import LATE_TURN, KvRoom, begin_order, has_paused
+from services.scheduler.core.kv_room import LATE_TURN, KvRoom, begin_order, has_paused, spared
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, queued_round
 from shared import cost
@@ -175,6 +175,7 @@ class VerifierFleet:
             self._sorted_by[verifier_id] = model
         state.heartbeat, state.seen_ms = heartbeat, now_ms
         before, state.cached = state.cached, {held.session: held.cached for held in heartbeat.residency}
+        state.spared = spared(heartbeat)
         state.unknown_sessions = sum(1 for session_id in state.cached if session_id not in self.sessions)
         queued = self.queues[verifier_id].rounds
         moved = list(queued) if leaves else [s for s in queued if before.get(s) != state.cached.get(s)]
@@ -230,7 +231,7 @@ class VerifierFleet:
         session.verifier_id = None if state is None else state.verifier_id
         if state is not None:
             state.assign(session_id, session)
-            self._room.add(session_id, session, state.verifier_id)
+            self._room.add(session_id, session, state)
 
     def _place_again(self, session_ids: Iterable[str], now_ms: float) -> None:
         removed = [pending for session_id in list(session_ids) if (pending := self.remove(session_id)) is not None]

@@ -15,6 +15,7 @@ from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierSt
 from services.scheduler.core.round_queue import RoundQueue
 from services.scheduler.core.verifier_runs import whole_blocks
 from shared.kernels.layout import BLOCK
+from shared.messages import Heartbeat
 
 GROWTH = BLOCK
 """Tokens by which a session is expected to grow until others end and leave room."""
@@ -42,17 +43,17 @@ class KvRoom:
         count = self._counts.setdefault(verifier.verifier_id, _Count())
         if now_ms - count.counted_ms > RECOUNT_MS:
             count.tokens_of = {
-                session_id: _needed(session.length)
+                session_id: _taken(session_id, session, verifier)
                 for session_id, session in verifier.sessions.items()
                 if self._is_near(session_id, session, verifier, now_ms)
             }
             count.total, count.counted_ms = sum(count.tokens_of.values()), now_ms
         return not count.total or count.total + _needed(pending.length_after) <= verifier.heartbeat.total_tokens
 
-    def add(self, session_id: str, session: ActiveSession, verifier_id: str) -> None:
+    def add(self, session_id: str, session: ActiveSession, verifier: VerifierState) -> None:
         """Count a session that begins on a verifier."""
-        count = self._counts.setdefault(verifier_id, _Count())
-        tokens = _needed(session.length)
+        count = self._counts.setdefault(verifier.verifier_id, _Count())
+        tokens = _taken(session_id, session, verifier)
         count.total += tokens - count.tokens_of.get(session_id, 0)
         count.tokens_of[session_id] = tokens
 
@@ -108,9 +109,24 @@ def begin_order(
     return [*begun, *turn, *timely, *late]
 
 
+def spared(heartbeat: Heartbeat) -> dict[str, int]:
+    """Return what each session's KV takes less because sessions share it; sessions of which nothing is shared may lack.
+
+    A verifier counts shared KV once. What it has in use is therefore less than the sum of its sessions; each session
+    gets its part of the difference.
+    """
+    held = sum(one.cached for one in heartbeat.residency)
+    shared = min(held, held - (heartbeat.total_tokens - heartbeat.free_tokens))
+    return {one.session: one.cached * shared // held for one in heartbeat.residency} if shared > 0 else {}
+
+
 def has_paused(pending: PendingRound, now_ms: float) -> bool:
     """Return whether a round's session has begun before, and has waited for so long that it goes on without room."""
     return pending.verify.round > 0 and now_ms - pending.arrived_ms >= LONGEST_PAUSE_MS
+
+
+def _taken(session_id: str, session: ActiveSession, verifier: VerifierState) -> int:
+    return _needed(session.length) - verifier.spared.get(session_id, 0)
 
 
 def _needed(length: int) -> int:

@@ -181,6 +181,8 @@ class VerifierState:
     model: CostModel = cost.FALLBACK
     cached: dict[str, int] = field(default_factory=dict)
     """Tokens in its KV cache, by session."""
+    spared: dict[str, int] = field(default_factory=dict)
+    """Tokens by session that need no room of their own, because sessions with the same beginning share their KV."""
     in_flight: list[InFlight] = field(default_factory=list)
     """At most two batches: one that runs, one prepared behind it."""
     runs: VerifierRuns = field(default_factory=VerifierRuns)
