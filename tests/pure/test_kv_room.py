@@ -344,3 +344,28 @@ def test_a_prompt_of_a_session_that_has_ended_does_not_wait() -> None:
     d.on_returned("v2", 1.0)
     assert d.fleet.waiting
     assert ended not in d.fleet.waiting
+
+
+def test_a_long_session_waits_for_the_cache_that_is_large_enough() -> None:
+    d = dispatcher(verifiers=2)
+    beat(d, "v2", 0.0, total_tokens=ROOM // 2, free_tokens=ROOM // 2)
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    for session in list(d.fleet.verifiers["v2"].sessions):
+        d.on_cancel(session)
+    d.on_verify(prompt("long", ROOM - 10), 1.0)
+    assert served(d, 1.0) == [], "the small verifier is idle, and could never hold it"
+    for session in list(d.fleet.verifiers["v1"].sessions):
+        d.on_cancel(session)
+    assert served(d, 2.0) == ["long"]
+    assert list(d.fleet.verifiers["v1"].sessions) == ["long"]
+
+
+def test_a_session_that_no_cache_can_hold_does_not_wait() -> None:
+    d = dispatcher()
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}"), 0.0)
+    served(d, 0.0)
+    d.on_verify(prompt("endless", 2 * ROOM), 1.0)
+    assert [[job.session for job in batch.jobs] for _, batch in d.dispatch(1.0)[0]] == [["endless"]], "to be refused"

@@ -140,7 +140,7 @@ class VerifierFleet:
             prompt_rate=self.prompt_rate,
             has_room=has_room if begins else None,
         )
-        if begins and state is not None and not has_room(state):
+        if begins and state is not None and not has_room(state) and self._can_be_held(pending):
             return False
         self._assign(pending.session_id, state)
         if state is None:
@@ -149,6 +149,11 @@ class VerifierFleet:
             held = state.holds(pending.session_id)
             self.queues[state.verifier_id].add(queued_round(state.model, pending, held, self._max_wait_ms))
         return True
+
+    def _can_be_held(self, pending: PendingRound) -> bool:
+        """Return whether the cache of a verifier is large enough for a round's session: it need not wait otherwise."""
+        able = placement.fitting(pending, self.verifiers.values(), mix=self._mix)
+        return any(v.heartbeat.total_tokens >= pending.length_after for v in able)
 
     def remove(self, session_id: str) -> PendingRound | None:
         """Remove and return a session's pending round; None if it has none."""

@@ -39,7 +39,7 @@ class KvRoom:
         self._counts: dict[str, _Count] = {}
 
     def fits(self, pending: PendingRound, verifier: VerifierState, now_ms: float) -> bool:
-        """Return whether a session may begin on a verifier. One without any session takes each."""
+        """Return whether a session may begin on a verifier. One without any session takes each that its cache holds."""
         count = self._counts.setdefault(verifier.verifier_id, _Count())
         if now_ms - count.counted_ms > RECOUNT_MS:
             count.tokens_of = {
@@ -48,7 +48,8 @@ class KvRoom:
                 if self._is_near(session_id, session, verifier, now_ms)
             }
             count.total, count.counted_ms = sum(count.tokens_of.values()), now_ms
-        return not count.total or count.total + _needed(pending.length_after) <= verifier.heartbeat.total_tokens
+        needed = pending.length_after if not count.total else count.total + _needed(pending.length_after)
+        return needed <= verifier.heartbeat.total_tokens
 
     def add(self, session_id: str, session: ActiveSession, verifier: VerifierState) -> None:
         """Count a session that begins on a verifier."""
