@@ -53,13 +53,22 @@ class EngineSettings(Protocol):
 
 def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) -> TargetEngine:
     """Load the model in a folder, or its twin. Raises ModelError, EngineError and SettingsError."""
+    engine_class: type[Engine]
     if is_twin(target):
-        from shared.twin.engine import TwinEngine
+        from shared.twin.folder import TwinFolder
 
-        return TwinEngine(target)
-    from shared.engine import Engine
+        if TwinFolder.open(target).spec.computed is None:
+            from shared.twin.engine import TwinEngine
 
-    return Engine(
+            return TwinEngine(target)
+        from shared.twin.computed import ComputedTwinEngine
+
+        engine_class = ComputedTwinEngine
+    else:
+        from shared.engine import Engine
+
+        engine_class = Engine
+    return engine_class(
         target,
         dtype=ModelFolder(target).resolved(settings.dtype),
         device=settings.device,

@@ -22,6 +22,20 @@ from shared.twin.lateness import wait_for_step
 from shared.twin.text import SyntheticText
 from shared.twin.trace import TraceText
 
+NO_LOGPROBS = "a twin has no log-probabilities: its answers come from no model; leave logprobs out"
+STATE_SIZE = 1
+"""Elements of a hidden state of a twin."""
+
+
+def answers_at(text: SyntheticText | TraceText, rows: Sequence[ChoiceRow]) -> list[int]:
+    """Return a twin's token for each of these rows."""
+    return [text.token(one.sampling.seed, one.position - one.prompt_len) for one in rows]
+
+
+def twin_states(held: int, start: int, stop: int) -> NDArray[np.uint16]:
+    """Return the hidden states of a twin at these positions, as far as a session is cached."""
+    return np.zeros((max(0, min(stop, held) - start), STATE_SIZE), np.uint16)
+
 
 @dataclass(frozen=True)
 class TwinOutput:
@@ -31,14 +45,14 @@ class TwinOutput:
 
     def choose(self, rows: Sequence[ChoiceRow]) -> list[int]:
         """Return the target's token for each of these rows."""
-        return [self.text.token(one.sampling.seed, one.position - one.prompt_len) for one in rows]
+        return answers_at(self.text, rows)
 
     def wait(self) -> None:
         """Do nothing: the step has taken its time."""
 
     def logprobs(self, rows: slice, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
         """Raise EngineError: there are no logits."""
-        raise EngineError("a twin has no log-probabilities: it computes no model; leave logprobs out")
+        raise EngineError(NO_LOGPROBS)
 
     def bits(self, rows: slice) -> bytes:
         """Return nothing: there are no logits."""
@@ -56,7 +70,7 @@ class TwinEngine:
     batch_invariant = True
     has_logits = False
     keeps_hidden = True
-    hidden_size = 1
+    hidden_size = STATE_SIZE
     arithmetic = "twin"
     layout = "twin"
     block_bytes = 1
@@ -120,7 +134,7 @@ class TwinEngine:
 
     def hidden_bits(self, session_id: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return hidden states of one element, as far as the session is cached."""
-        return np.zeros((max(0, min(stop, self.cached(session_id)) - start), self.hidden_size), np.uint16)
+        return twin_states(self.cached(session_id), start, stop)
 
     def forward(self, steps: Sequence[Step]) -> TwinOutput:
         """Keep the KV of all steps, and wait until the time of the pass is over.

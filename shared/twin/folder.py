@@ -71,13 +71,14 @@ def write_twin(
     *,
     trace: Path | None = None,
     draft_step_ms: float = DRAFT_STEP_MS,
+    computed: Path | None = None,
 ) -> TwinFolder:
     """Write the twin of a target profile, by name or path, with the tokenizer of a model folder; return it.
 
-    trace: gives answers and drafts; without one they are words with an `acceptance`. draft_step_ms: see `TwinSpec`.
-    Raises SettingsError for a bad profile, and ModelError for a trace of another vocabulary.
+    trace: gives answers and drafts; without one they are words with an `acceptance`. draft_step_ms, computed: see
+    `TwinSpec`. Raises SettingsError for a bad profile, and ModelError for a trace of another vocabulary.
     """
-    return _Twin(target, tokenizer, acceptance or Acceptance(), trace, draft_step_ms).write(to)
+    return _Twin(target, tokenizer, acceptance or Acceptance(), trace, draft_step_ms, computed).write(to)
 
 
 def write_own_twin(
@@ -100,7 +101,13 @@ class _Twin:
     """The contents of a twin's folder."""
 
     def __init__(
-        self, target: str, tokenizer: Path, acceptance: Acceptance, trace: Path | None, draft_step_ms: float
+        self,
+        target: str,
+        tokenizer: Path,
+        acceptance: Acceptance,
+        trace: Path | None,
+        draft_step_ms: float,
+        computed: Path | None = None,
     ) -> None:
         """Parameters and errors: see `write_twin`."""
         self._tokenizer, self._trace = tokenizer, trace
@@ -111,7 +118,13 @@ class _Twin:
         if isinstance(stop, list):
             stop = stop[0] if stop else None
         words = None if trace else _words(tokenizer)
-        self._spec = TwinSpec(acceptance=acceptance, draft_step_ms=draft_step_ms, words=words, stop_id=stop)
+        self._spec = TwinSpec(
+            acceptance=acceptance,
+            draft_step_ms=draft_step_ms,
+            words=words,
+            stop_id=stop,
+            computed=None if computed is None else str(computed.absolute()),
+        )
         digests = [self._text, self._spec.model_dump_json()]
         if trace is not None:
             digests.append(hashlib.sha256(trace.read_bytes()).hexdigest())

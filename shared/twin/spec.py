@@ -47,3 +47,5 @@ class TwinSpec(BaseModel):
     """Tokens that the answers consist of; None if they come from a trace."""
     stop_id: TokenId | None = None
     """Token that ends an answer; None if only its greatest length does."""
+    computed: str | None = None
+    """Folder of a model, with random weights, that really computes each step; None to wait for the profile's times."""

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from patience import HANG_S
 from twins import make_twin
 
+from services.tools.bench.gpu.random_models import configuration
+from services.tools.bench.gpu.suite import ServedModel, measure_arm
 from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.results import MeasuredPoint
 from services.tools.bench.load.lateness import EmulationLog
 from services.tools.bench.twin.__main__ import TwinPlan
 from services.tools.bench.twin.core.comparison import difference
@@ -91,3 +95,17 @@ def test_twin_and_simulator_agree(arm: str, tmp_path: Path) -> None:
     assert off is not None
     # On a busy machine the emulation is late, says so, and is slower than the simulation.
     assert abs(off) < 0.25 or (not twin.follows and off > 0)
+
+
+@pytest.mark.slow
+def test_the_suite_is_measured_with_a_target_that_is_computed(target_folder: Path) -> None:
+    """`wisp bench gpu --steps suite` on a CPU: a tiny target, and drafts of the shipped trace."""
+    config = configuration("tiny") | {"max_position_embeddings": 8192}
+    points: list[MeasuredPoint] = []
+    model = ServedModel(config, target_folder, torch.device("cpu"))
+    measure_arm("wisp+", model, Window(warm_up_s=1, measure_s=3, drain_s=HANG_S), (2, 2), points.append)
+    [point] = points
+    assert (point.arm, point.sessions, point.measures.errors) == ("wisp+", 2, 0)
+    assert point.measures.complete == point.measures.requests > 0
+    assert point.measures.drafting is not None
+    assert 0 < (point.measures.drafting.acceptance or 0) < 1

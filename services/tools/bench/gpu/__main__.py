@@ -4,7 +4,7 @@ Exactness: sessions of a model with random weights are computed in several ways,
 with those of one prefill; the default model answers prompts alone and under load. Speed: steps of 1 to 256 sessions
 that decode, verify 5 or 9 tokens, and a prompt; the share of the memory's bandwidth that reading weights and KV
 reaches; products against cuBLAS, and steps against transformers. Calibration: target profiles for the simulator and
-twins.
+twins. Suite, which only `--steps suite` runs: the capacity of ways of serving, with the target computed on the GPU.
 
 Each step is a process with a time limit of its own. After each one, the results so far are written. `--tiny` runs all
 of it on the CPU, the kernels in Triton's interpreter, to try the program. Its times mean nothing.
@@ -15,16 +15,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from services.tools.bench.gpu.plan import (
+    ARMS,
     FORMS,
     INTERPRETER_SLOWNESS,
     KINDS,
     MODELS,
+    ON_THEIR_OWN,
     TABLES,
     TINY_PLAN,
     GpuPlan,
@@ -32,6 +35,7 @@ from services.tools.bench.gpu.plan import (
 )
 from services.tools.bench.gpu.runner import StepOutcome, StepRunner
 from services.tools.bench.gpu.verdict import LACKING, verdicts
+from services.tools.bench.load.arms import arms_of
 from services.tools.bench.support.options import run_program, some_of, whole_numbers, words
 from services.tools.bench.support.report import machine, records, table, terminal, write_record, written
 from services.tools.cli.terminal import errors_shown
@@ -44,7 +48,9 @@ STEP_COLUMNS = ["step", "outcome", "seconds", "rows", "reason"]
 def main(
     models: Annotated[str, typer.Option(help="Shapes of models: smollm2-135m, qwen3-8b.")] = ",".join(MODELS),
     formats: Annotated[str, typer.Option(help="Formats of weights for exactness.")] = ",".join(FORMS),
-    steps: Annotated[str, typer.Option(help="Kinds of steps.")] = ",".join(KINDS),
+    steps: Annotated[
+        str, typer.Option(help=f"Kinds of steps: some of {', '.join(KINDS)}. suite needs RabbitMQ and Redis.")
+    ] = ",".join(kind for kind in KINDS if kind not in ON_THEIR_OWN),
     calibrated: Annotated[
         str, typer.Option(help="Shapes to calibrate: those of --models, and qwen3-32b where the memory allows.")
     ] = "smollm2-135m,qwen3-8b,qwen3-32b",
@@ -54,6 +60,7 @@ def main(
     sessions: Annotated[str, typer.Option(help="Sessions of a step.")] = "1,8,32,128,256",
     context: Annotated[int, typer.Option(min=16, help="Held tokens of each session.")] = 512,
     repetitions: Annotated[int, typer.Option(min=1, help="Steps of each measurement.")] = 10,
+    arms: Annotated[str, typer.Option(help="Ways of serving of the step suite.")] = ",".join(ARMS),
     minutes: Annotated[float, typer.Option(min=0.5, help="Time of all steps together.")] = 7.7,
     to: Annotated[Path | None, typer.Option("--out", help="Folder of results. \\[default: .wisp/results]")] = None,
     tiny: Annotated[bool, typer.Option(help="Try everything on the CPU, in Triton's interpreter.")] = False,
@@ -71,6 +78,7 @@ def main(
                 8, -(-positions // 8), texts, 64, whole_numbers("--sessions", sessions, 1, 4096), context, 2048,
                 repetitions, 2048, 328,
             )  # fmt: skip
+        plan = replace(plan, arms=tuple(arm.name for arm in arms_of(arms)))
         folder = to or state_folder() / "results"
         seconds = 60 * minutes * (INTERPRETER_SLOWNESS if tiny else 1.0)
         measure(plan, kinds, seconds, folder, _gpu_facts(tiny))

@@ -32,8 +32,8 @@ from shared.errors import SettingsError
 from shared.models.prepare import PACKAGED
 
 PIECE_BYTES: Final = 56_000_000
-EXTRAS: Final = ("model", "gateway")
-"""Extras whose packages are needed beside those of every service."""
+EXTRAS: Final = ("model", "gateway", "training", "simulator")
+"""Extras whose packages are needed beside those of every service: also by `wisp draft train` and the step `suite`."""
 PLATFORMS: Final = (
     *(f"manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)),
     "manylinux2014_x86_64",
@@ -41,8 +41,8 @@ PLATFORMS: Final = (
 )
 """Kinds of wheels for Linux with glibc 2.35, that of Ubuntu 22.04, and older; pip takes each kind by its name alone."""
 PYTHONS: Final = "3.11,3.12,3.13"
-THERE: Final = frozenset({*unpack.NEEDED, "llvmlite", "safetensors", "tokenizers"})
-"""Packages that are left out: those that the machine has, and what they bring."""
+THERE: Final = frozenset({*unpack.NEEDED, "llvmlite", "safetensors", "tokenizers", "matplotlib"})
+"""Packages that are left out: those that the machine has, what they bring, and one that nothing there needs."""
 
 
 def main(

@@ -8,7 +8,11 @@ from typing import Final
 
 FORMS: Final = ("bfloat16", "float16", "float32")
 MODELS: Final = ("smollm2-135m", "qwen3-8b")
-KINDS: Final = ("exactness", "texts", "speed", "products", "calibration", "rivals")
+KINDS: Final = ("exactness", "texts", "speed", "products", "calibration", "rivals", "suite")
+ON_THEIR_OWN: Final = frozenset({"suite"})
+"""Kinds of steps that take minutes each, and that the default leaves out."""
+ARMS: Final = ("centralized", "sled", "wisp+")
+"""Arms of the suite's step: as in `wisp bench load`."""
 NEW_TOKENS: Final = (1, 5, 9)
 """Tokens of a session in a step: decoding, and verification of 4 and 8 drafts."""
 INTERPRETER_SLOWNESS: Final = 8.0
@@ -34,6 +38,10 @@ TABLES: Final[Mapping[str, tuple[str, list[str]]]] = {
         "transformers with SDPA, and with its static cache and torch.compile",
         ["model", "sessions", "held", "new tokens", "step ms", "transformers ms", "compiled ms", "price %"],
     ),
+    "suite": (
+        "The suite with random weights, and drafts of a trace",
+        ["model", "arm", "sessions", "requests", "attained", "goodput", "tokens/s", "TPOT p50 ms", "late %"],
+    ),
 }  # fmt: skip
 """Title and columns of each kind's table."""
 
@@ -58,9 +66,19 @@ class GpuPlan:
     checked: int
     """Tokens of the check at load."""
     tiny: bool = False
+    served: str = "qwen3-8b"
+    """Shape of the suite's target."""
+    arms: tuple[str, ...] = ARMS
+    point_s: tuple[float, float, float] = (4.0, 15.0, 10.0)
+    """Warm-up, window and longest drain of a point of the suite."""
+    load: tuple[int, int] = (32, 256)
+    """Sessions at which the search for the suite's capacity starts, and the most."""
 
 
-TINY_PLAN: Final = GpuPlan(["tiny"], ["bfloat16"], ["tiny"], 1, 2, 4, 2, 4, [2], 4, 8, 1, 1, 4, tiny=True)
+TINY_PLAN: Final = GpuPlan(
+    ["tiny"], ["bfloat16"], ["tiny"], 1, 2, 4, 2, 4, [2], 4, 8, 1, 1, 4, tiny=True,
+    served="tiny", point_s=(1.0, 4.0, 10.0), load=(2, 2),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +91,14 @@ class GpuStep:
     limit_s: float = 60.0
     timed: bool = True
     """It measures times, so nothing runs beside it."""
+    arm: str = ""
+    """Way of serving, of a step of the suite."""
 
     @property
     def name(self) -> str:
         """Name of the step, of its rows' file and of its log."""
-        return f"{self.kind}-{self.model}" + (f"-{self.form}" if self.kind == "exactness" else "")
+        parts = [self.kind, self.model, self.form if self.kind == "exactness" else "", self.arm]
+        return "-".join(filter(None, parts))
 
 
 def steps_of(plan: GpuPlan, kinds: Collection[str] = KINDS) -> list[GpuStep]:
@@ -88,5 +109,6 @@ def steps_of(plan: GpuPlan, kinds: Collection[str] = KINDS) -> list[GpuStep]:
         found += [GpuStep(kind, model, limit_s=limit_s) for model in plan.models]
     found += [GpuStep("calibration", model, limit_s=110.0) for model in plan.calibrated]
     found += [GpuStep("rivals", model, limit_s=100.0) for model in reversed(plan.models)]
+    found += [GpuStep("suite", plan.served, limit_s=185.0, arm=arm) for arm in plan.arms]
     slowness = INTERPRETER_SLOWNESS if plan.tiny else 1.0
     return [replace(step, limit_s=slowness * step.limit_s) for step in found if step.kind in kinds]

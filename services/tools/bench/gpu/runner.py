@@ -21,6 +21,8 @@ STEP: Final = (sys.executable, "-m", "services.tools.bench.gpu.step")
 LEAST_S: Final = 15.0
 """A step with less time than this is not begun."""
 POLL_S: Final = 0.1
+GRACE_S: Final = 8.0
+"""Longest time that a step which is stopped gets to remove its files: a model's weights in memory, for example."""
 SHOWN: Final = 300
 """Characters of a failure that the results keep; the log has all."""
 
@@ -130,6 +132,9 @@ def _ended(running: Sequence[_RunningStep]) -> Iterator[None]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a step's process and those that it has started."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -27,6 +27,13 @@ from services.tools.bench.gpu.speed import (
     valuable_first,
 )
 from services.tools.bench.gpu.texts import compared_texts
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.results import MeasuredPoint
+from services.tools.bench.support.options import target_folder
+from services.tools.bench.support.report import terminal
+from services.tools.cli.terminal import stopped_by_signals
+from services.tools.local.progress import ConsoleProgress
+from shared.errors import WispError
 from shared.gpu_kernels.check import settle
 from shared.gpu_kernels.decoder import GpuDecoder
 from shared.gpu_kernels.graphs import prepared_graphs
@@ -35,6 +42,8 @@ from shared.kernels.layout import BLOCK
 PRODUCT_ROWS: Final = (1, 5, 32, 160, 512)
 """Decoding and verifying one session and 32, and a chunk of a prompt."""
 CALIBRATION_S: Final = 30.0
+TINY_CONTEXT: Final = 8192
+"""Context of the tiny target of the suite: prompts have up to 4,096 tokens."""
 
 
 def main() -> None:
@@ -42,7 +51,11 @@ def main() -> None:
     plan = GpuPlan(**json.loads(Path(sys.argv[1]).read_text()))
     step = GpuStep(**json.loads(sys.argv[2]))
     rows = Path(sys.argv[3])
-    MEASURES[step.kind](plan, step, RowWriter(rows))
+    try:
+        with stopped_by_signals():
+            MEASURES[step.kind](plan, step, RowWriter(rows))
+    except WispError as error:
+        sys.exit(" ".join(str(error).split()))  # one line, which the results keep
 
 
 def _device(plan: GpuPlan) -> torch.device:
@@ -128,8 +141,6 @@ def rivals(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
 
 def calibration(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
     """Measure the cost model of an architecture, and write its profile beside the rows."""
-    from services.tools.bench.support.report import terminal
-    from services.tools.local.progress import ConsoleProgress
     from services.tools.twin.calibrate import calibrate
 
     folder = Path(sys.argv[3]).parent
@@ -144,6 +155,25 @@ def calibration(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
     emit("calibration", [step.model, weights, len(profile.batches), *errors, str(path)])
 
 
+def suite(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
+    """Measure the capacity of one way of serving, with a target that is computed here."""
+    from services.tools.bench.gpu.suite import ServedModel, measure_arm
+
+    def show(point: MeasuredPoint) -> None:
+        found = point.measures
+        tpot = found.tpot_ms.p50 if found.tpot_ms else None
+        late = None if point.late_share is None else 100 * point.late_share
+        counts = [point.sessions, found.requests, found.attained]
+        emit("suite", [step.model, point.arm, *counts, found.goodput, found.throughput, tpot, late])
+
+    config = configuration(step.model) | ({"max_position_embeddings": TINY_CONTEXT} if plan.tiny else {})
+    tokenizer = target_folder(None, ConsoleProgress(terminal()))
+    warm_up, measured, drain = plan.point_s
+    window = Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain)
+    first, most = plan.load
+    measure_arm(step.arm, ServedModel(config, tokenizer, _device(plan)), window, (first, most), show)
+
+
 def _settled(plan: GpuPlan, model: RandomModel, form: str, blocks: int) -> GpuDecoder:
     """Return a decoder whose options are chosen as the engine does at load."""
     device = _device(plan)
@@ -155,7 +185,7 @@ def _settled(plan: GpuPlan, model: RandomModel, form: str, blocks: int) -> GpuDe
 Measure = Callable[[GpuPlan, GpuStep, Emit], None]
 MEASURES: Final[Mapping[str, Measure]] = {
     "exactness": exactness, "texts": texts, "speed": speed, "products": products, "calibration": calibration,
-    "rivals": rivals,
+    "rivals": rivals, "suite": suite,
 }  # fmt: skip
 
 if __name__ == "__main__":

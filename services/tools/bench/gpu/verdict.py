@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from services.tools.bench.gpu.runner import StepOutcome
+from services.tools.bench.load.core.search import capacity, pooled
 
 LACKING: Final = (
     "bits on a GPU, CUDA graphs, texts under load on a GPU, speeds and shares of its bandwidth, products against "
-    "cuBLAS, transformers on a GPU, cost models of a GPU"
+    "cuBLAS, transformers on a GPU, cost models of a GPU, capacities with a target on a GPU"
 )
 """Results that need a GPU."""
 VERIFY_AIM, BANDWIDTH_AIM = 1.1, 80.0
 COMPARED_SESSIONS: Final = 32
+CAPACITY_AIM: Final = 0.95
+"""Share of requests that attain at the capacity."""
 
 Rows = Mapping[str, Sequence[Sequence[Any]]]
 
@@ -25,6 +28,7 @@ def verdicts(rows: Rows, outcomes: Sequence[StepOutcome], *, tiny: bool) -> list
         found.append(f"In Triton's interpreter: the times mean nothing. Not run for lack of a GPU: {LACKING}.")
     else:
         found += _speeds(rows["speed"])
+    found += _capacities(rows.get("suite", ()))
     if missing := [f"{one.name} ({one.outcome})" for one in outcomes if one.outcome != "done"]:
         found.append(f"Incomplete: {', '.join(missing)}.")
     return found
@@ -67,4 +71,15 @@ def _speeds(rows: Sequence[Sequence[Any]]) -> list[str]:
             found.append(
                 f"{model}: decoding reaches {max(shares):.0f} % of the bandwidth of a copy (aim {BANDWIDTH_AIM:.0f} %)."
             )
+    return found
+
+
+def _capacities(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the capacity of each arm: the most sessions of which 95 % of the requests attain."""
+    found = []
+    for model, arm in dict.fromkeys((row[0], row[1]) for row in rows):
+        tried = pooled((row[2], row[3], row[4]) for row in rows if row[:2] == [model, arm])
+        most = capacity(tried, CAPACITY_AIM)
+        above = f"{most.failing} fail" if most.failing else "none that was tried fails"
+        found.append(f"{model}, {arm}: {most.sessions} sessions hold {100 * CAPACITY_AIM:.0f} % ({above}).")
     return found

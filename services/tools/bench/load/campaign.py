@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,8 @@ class Campaign:
 
     plan: LoadPlan
     progress: Progress
+    show: Callable[[MeasuredPoint], None] = lambda point: None
+    """Called with each point, as soon as it is measured."""
     results: LoadResults = field(init=False)
     records: list[tuple[str, int, int, RequestRecord]] = field(default_factory=list)
     """Every request, with its arm, sessions and repeat."""
@@ -228,6 +230,7 @@ class Campaign:
                 arm=arm, sessions=sessions, repeat=repeat, measures=measures, lag=lag, costs=costs, late_share=late
             )
             self.results.points.append(measured)
+            self.show(measured)
             step.done(
                 f"{arm}, {sessions} sessions: {measures.attained} of {measures.requests} requests attained, "
                 f"{measures.goodput:.1f} tokens/s of them"

@@ -22,7 +22,7 @@ from services.tools.bench.load.point_options import DrainOption, MeasuredOption,
 from services.tools.bench.support.options import NameOption, run_program, whole_numbers
 from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.bench.twin.core.comparison import AGREEMENT, COLUMNS, compared
-from services.tools.bench.twin.load import load_of, write_devices
+from services.tools.bench.twin.load import load_of, service_settings, write_devices
 from services.tools.cli.shared_options import TargetOption
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress, Progress
@@ -35,8 +35,6 @@ from shared.twin.folder import write_twin
 
 ARMS = "centralized,edf,wisp+/runs"
 SESSIONS = "2,6,12"
-MOST_RUNNING = 256
-"""Running sessions of centralized serving: as in the simulator."""
 
 
 def main(
@@ -115,7 +113,7 @@ class TwinPlan:
             1024,
             admission=False,
             device_profiles=write_devices(spec, made),
-            env_of=self._settings(),
+            env_of=service_settings(spec),
         )
         run(lambda: campaign.run_arms(settings))
         simulated = []
@@ -126,18 +124,6 @@ class TwinPlan:
                     point = SimulatedPoint(arm, sessions, 0, self._seed)
                     simulated.append(simulate(point, spec, self._window)[0])
         return campaign, simulated
-
-    def _settings(self) -> dict[str, dict[str, str]]:
-        """Return the settings with which the services behave as in the simulator."""
-        spec = self._scenario
-        return {
-            "scheduler": {"WISP_MAX_BATCH_MS": str(spec.max_batch_ms)},
-            "drafter": {"WISP_DRAFT_LENGTH": str(spec.draft_length)},
-            "baseline": {
-                "WISP_PREFILL_TOKENS": str(spec.prefill_tokens),
-                "WISP_MAX_RUNNING": str(MOST_RUNNING),
-            },
-        }
 
 
 if __name__ == "__main__":

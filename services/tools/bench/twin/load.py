@@ -15,6 +15,8 @@ from services.tools.simulator.core.scenario import Scenario
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
+MOST_RUNNING = 256
+"""Running sessions of centralized serving: as in the simulator."""
 WORKLOAD = """
 ignore_eos = true
 classes = [{name = "all", ttft_ms = 1000, tpot_ms = 1000}]
@@ -81,6 +83,18 @@ def load_of(scenario: Scenario, seed: int, folder: Path) -> tuple[Workload, Scen
     workload = workload_of(WORKLOAD, seed)
     workload = Workload.model_validate({**workload.model_dump(), "devices": devices})
     return workload, ScenarioRequests(scenario, seed, Tokenizer(ModelFolder(folder)))
+
+
+def service_settings(scenario: Scenario) -> Mapping[str, Mapping[str, str]]:
+    """Return the settings by service with which the suite behaves as in the simulator."""
+    return {
+        "scheduler": {"WISP_MAX_BATCH_MS": str(scenario.max_batch_ms)},
+        "drafter": {"WISP_DRAFT_LENGTH": str(scenario.draft_length)},
+        "baseline": {
+            "WISP_PREFILL_TOKENS": str(scenario.prefill_tokens),
+            "WISP_MAX_RUNNING": str(MOST_RUNNING),
+        },
+    }
 
 
 def write_devices(scenario: Scenario, folder: Path) -> Mapping[str, Path]:
