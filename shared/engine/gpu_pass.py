@@ -41,7 +41,10 @@ class GpuPass:
         """Raises NotDescribed (take `ModulePass`), ModelError, and EngineError, before weights are loaded if the model
         does not fit into the memory."""
         if options.dtype not in FORMATS:
-            raise NotDescribed(f"kernels for GPUs have no {options.dtype} weights")
+            raise EngineError(
+                f"the kernels for GPUs have no {options.dtype} weights: they compute in {' or '.join(FORMATS)}. Set "
+                "WISP_DTYPE=bfloat16 for every service"
+            )
         self._torch_device = options.torch_device
         self._followers: Followers | None = None
         with described(folder, options.dtype) as (model, weights):

@@ -42,6 +42,18 @@ def test_a_dockerfile_names_its_base_once_by_version(file: Any) -> None:
     assert {source for source, _ in stages} <= known | {"${BASE}"}
 
 
+def test_the_cuda_image_can_compile_kernels_and_keep_them() -> None:
+    """Triton needs a C compiler, and a folder that can be written although the image cannot."""
+    text = (ROOT / "docker/Dockerfile").read_text()
+    (cuda,) = [stage for stage in text.split("\nFROM ") if stage.startswith("runtime AS cuda\n")]
+    assert re.search(r"apt-get install .*\bgcc\b", cuda)
+    (cache,) = re.findall(r"^ENV TRITON_CACHE_DIR=(\S+)$", cuda, re.MULTILINE)
+    pod = yaml.safe_load((ROOT / "k8s/pod/pod.yaml").read_text())["spec"]["template"]["spec"]
+    written = {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}
+    mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] in written]
+    assert any(cache.startswith(f"{mount}/") for mount in mounts)
+
+
 def test_hadolint_would_notice(tmp_path: Any) -> None:
     bad = tmp_path / "Dockerfile"
     bad.write_text("FROM debian:latest\nRUN cd /tmp\n")

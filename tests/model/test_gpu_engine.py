@@ -90,9 +90,10 @@ def test_blocks_move_between_engines(family: Family) -> None:
 
 
 @pytest.mark.usefixtures("on_kernels")
-def test_integer_weights_are_refused_with_the_formats_that_run(family: Family) -> None:
-    with pytest.raises(EngineError, match=r"no int8 weights.*bfloat16 or float32"):
-        Engine(family("llama"), dtype="int8", budget_tokens=64)
+@pytest.mark.parametrize("form", ["int8", "gguf"])
+def test_integer_weights_are_refused_with_the_formats_that_run(form: str, family: Family) -> None:
+    with pytest.raises(EngineError, match=rf"no {form} weights.*bfloat16 or float32.*WISP_DTYPE=bfloat16"):
+        Engine(family("llama"), dtype=form, budget_tokens=64)
 
 
 @pytest.mark.usefixtures("on_kernels")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from services.tools.cli.program import Program
-from services.tools.cli.terminal import errors_shown, out, require
+from services.tools.cli.terminal import errors_shown, out, require, stopped_by_signals
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -43,6 +45,13 @@ def train(
         Path | None,
         typer.Option("--from", help="Draft to train further; needs --run. \\[default: start anew]", exists=True),
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="Stop after this time; the same command goes on. \\[default: never]")
+    ] = None,
+    carry: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pieces under 16 MB with which an empty machine goes on with this run."),
+    ] = None,
 ) -> None:
     """Train a draft: prompts, the target's answers, training, evaluation. A stopped run continues where it stopped.
 
@@ -57,7 +66,8 @@ def train(
         require("model", "training")
         from services.tools.cli.draft_stages import train_draft
 
-        train_draft(_run(target, settings, run, start), to)
+        with stopped_by_signals():
+            train_draft(_run(target, settings, run, start, minutes), to, carry)
 
 
 @app.command()
@@ -92,7 +102,14 @@ def evaluate(
             evaluate_draft(chosen, draft, final=final)
 
 
-def _run(target: str | None, settings: Path | None, folder: Path | None, start: Path | None = None) -> TrainingRun:
+def _run(
+    target: str | None,
+    settings: Path | None,
+    folder: Path | None,
+    start: Path | None = None,
+    minutes: float | None = None,
+) -> TrainingRun:
+    until_s = math.inf if minutes is None else time.monotonic() + 60 * minutes
     from services.drafter.hidden.card import HiddenDraftFolder
     from services.tools.local.folder import state_folder
     from services.tools.local.progress import ConsoleProgress
@@ -109,4 +126,5 @@ def _run(target: str | None, settings: Path | None, folder: Path | None, start: 
         model,
         folder or state_folder() / "training" / model.name,
         None if start is None else HiddenDraftFolder.open(start),
+        until_s,
     )

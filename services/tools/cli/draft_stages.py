@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.table import Table
 
@@ -17,44 +18,77 @@ from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.terminal import out
 from services.tools.local.progress import ConsoleProgress, ProgressStep
 from services.tools.training import controller, shards
+from services.tools.training.carried import CarriedRun
 from services.tools.training.evaluate import Costs, Drafted, Summary, entropies, rounds
 from services.tools.training.run import TrainingRun, created
 from services.tools.training.train import TrainingProgress
 from shared.errors import ModelError
 
+T = TypeVar("T")
 RECORDED_LENGTH = 6
 EVALUATED_LENGTH = 4
 COSTS = Costs(round_ms=36.0, token_ms=0.9, step_ms=3.4)
 """Measured with SmolLM2-135M on one core. No printed figure depends on them; `wisp bench draft` measures its own."""
 
 
-def train_draft(run: TrainingRun, to: Path) -> None:
-    """Run all stages that are not done yet; write the draft with its controller to `to`."""
+def train_draft(run: TrainingRun, to: Path, carry: Path | None = None) -> None:
+    """Run all stages that are not done yet; write the draft with its controller to `to`.
+
+    carry: folder of pieces with which another machine goes on (`CarriedRun`). If the run's time is up before the end,
+    nothing is written to `to`.
+    """
     # An unusable target or folder stops the run before hours are spent.
     run.config_of_model()
     created(to)
+    carried = None if carry is None else CarriedRun(carry, run)
+    try:
+        finished = _train(run, to, carried)
+    finally:
+        if carried is not None:
+            carried.keep()
+    if finished:
+        evaluate_draft(run, to)
+        out.print(f"The draft is in {to}. Use it with: wisp up --hidden-draft {to}", soft_wrap=True)
+    else:
+        out.print("The time is up. The same command goes on where this one has stopped.", soft_wrap=True)
+
+
+def _train(run: TrainingRun, to: Path, carried: CarriedRun | None) -> bool:
+    """Run the stages up to the controller; return whether all are done."""
     progress = ConsoleProgress(out)
+
+    def watching(report: Callable[[T], None]) -> Callable[[T], None]:
+        return report if carried is None else carried.watching(report)
+
+    if carried is not None:
+        with progress.step("computing the states of texts that were carried here") as step:
+            step.done(f"{carried.restore():,} texts were carried here")
     with progress.step("drawing prompts") as step:
         count = run.write_prompts()
         step.done(f"{count:,} prompts")
     with progress.step("generating the target's answers") as step:
-        run.generate_all(_counted(step, "completions", count - len(shards.origins(run.texts))))
-        step.done("training completions are complete")
+        run.generate_all(watching(_counted(step, "completions", count - len(shards.origins(run.texts)))))
+        step.done("training completions are complete" if not run.time_is_up else "the time is up")
     for folder, seed in ((run.held_out, run.config.seed), (run.controller_texts, run.config.seed + 1)):
+        if run.time_is_up:
+            return False
         with progress.step("generating held-out completions") as step:
             run.generate_held_out(folder, seed, _counted(step, "completions", 3 * run.config.prompts.held_out))
             step.done(f"held-out completions are complete ({folder.name})")
+    if run.time_is_up:
+        return False
     with progress.step("training") as step:
-        model = run.train(lambda progress: step.detail(_progress_line(progress)))
+        model = run.train(watching(lambda progress: step.detail(_progress_line(progress))))
         step.done(f"trained in {step.elapsed_s / 60:.0f} minutes")
+    if run.time_is_up:
+        return False
     run.save(model, to)
     with progress.step("training the controller") as step:
         rounds_file = run.folder / "rounds.jsonl"
         _record(run, HiddenDraftFolder.open(to), rounds_file)
         controller.train([rounds_file], to / CONTROLLER, run.config.seed)
         step.done("controller trained")
-    evaluate_draft(run, to)
-    out.print(f"The draft is in {to}. Use it with: wisp up --hidden-draft {to}", soft_wrap=True)
+    return True
 
 
 def evaluate_draft(run: TrainingRun, path: Path | None, *, final: bool = False) -> None:

@@ -8,6 +8,8 @@ them can be repeated exactly without the target.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,15 +158,25 @@ def _inverted(weights: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def write_shards(
-    texts: Iterable[shards.GeneratedText], folder: Path, prefix: str, shard_tokens: int, report: Callable[[int], None]
+    texts: Iterable[shards.GeneratedText],
+    folder: Path,
+    prefix: str,
+    shard_tokens: int,
+    report: Callable[[int], None],
+    until_s: float = math.inf,
 ) -> None:
-    """Write texts into shards of about `shard_tokens` tokens, named after `prefix`. report: gets each text's length."""
+    """Write texts into shards of about `shard_tokens` tokens, named after `prefix`. report: gets each text's length.
+
+    until_s: time (of `time.monotonic`) after which no more texts are taken; those that there are are written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     number = sum(path.name.startswith(f"{prefix}-") for path in shards.files(folder))
     pending: list[shards.GeneratedText] = []
     for text in texts:
         pending.append(text)
         report(len(text.tokens))
+        if time.monotonic() >= until_s:
+            break
         if sum(len(kept.tokens) for kept in pending) >= shard_tokens:
             shards.save(folder / f"{prefix}-{number:05d}.safetensors", pending)
             pending, number = [], number + 1

@@ -11,6 +11,7 @@ checkpoint.pt           the draft model in training
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import random
 import time
@@ -51,13 +52,36 @@ class TrainingRun:
     """A training run of a draft model for `target`, with its files in `folder`."""
 
     def __init__(
-        self, config: Config, target: ModelFolder, folder: Path, start: HiddenDraftFolder | None = None
+        self,
+        config: Config,
+        target: ModelFolder,
+        folder: Path,
+        start: HiddenDraftFolder | None = None,
+        until_s: float = math.inf,
     ) -> None:
-        """start: a draft whose weights the training begins with; default: weights fitted to the run's texts."""
+        """start: a draft whose weights the training begins with; default: weights fitted to the run's texts. until_s:
+        time (of `time.monotonic`) at which generation and training stop, so that another run goes on.
+        """
         self.config = config
         self.target = target
         self.folder = created(folder)
         self.start = start
+        self._until_s = until_s
+
+    @property
+    def time_is_up(self) -> bool:
+        """True if the run has to stop: the stage that it is in may be unfinished."""
+        return time.monotonic() >= self._until_s
+
+    @property
+    def prompts(self) -> Path:
+        """File of the prompts."""
+        return self.folder / "prompts.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the draft model in training."""
+        return self.folder / "checkpoint.pt"
 
     @property
     def texts(self) -> Path:
@@ -66,10 +90,9 @@ class TrainingRun:
 
     def write_prompts(self) -> int:
         """Draw the run's prompts if there are none yet; return their number."""
-        path = self.folder / "prompts.jsonl"
-        if not path.is_file():
-            _write_lines(path, self._assignments())
-        return sum(1 for _ in path.open())
+        if not self.prompts.is_file():
+            _write_lines(self.prompts, self._assignments())
+        return sum(1 for _ in self.prompts.open())
 
     def _assignments(self) -> Iterator[Assignment]:
         plan, settings = self.config.prompts, self.config.generation
@@ -99,7 +122,7 @@ class TrainingRun:
             return
         context = multiprocessing.get_context("spawn")
         counts = context.SimpleQueue()
-        arguments = (self.config.model_dump_json(), self.target.path, self.folder, counts)
+        arguments = (self.config.model_dump_json(), self.target.path, self.folder, self._until_s, counts)
         processes = [context.Process(target=_work, args=(i, *arguments), daemon=True) for i in range(workers)]
         for process in processes:
             process.start()
@@ -119,7 +142,7 @@ class TrainingRun:
         done = shards.origins(self.texts)
         mine = [
             assignment
-            for assignment in _read_lines(self.folder / "prompts.jsonl")
+            for assignment in _read_lines(self.prompts)
             if assignment.origin % settings.workers == worker and assignment.origin not in done
         ]
         texts = generate(
@@ -128,7 +151,22 @@ class TrainingRun:
             frozenset(self.target.eos_ids),
             self.config.seed * 1_000_003 + worker * 1009 + len(done),
         )
-        write_shards(texts, self.texts, f"worker{worker}", settings.shard_tokens, report)
+        write_shards(texts, self.texts, f"worker{worker}", settings.shard_tokens, report, self._until_s)
+
+    def with_states(self, texts: Sequence[shards.GeneratedText]) -> list[shards.GeneratedText]:
+        """Compute the target's states of texts that have come without them."""
+        given = [
+            Assignment(
+                text.origin,
+                text.kind,
+                text.tokens[: text.prompt_len].tolist(),
+                text.temperature,
+                0,
+                text.tokens[text.prompt_len :].tolist(),
+            )
+            for text in texts
+        ]
+        return list(generate(self._answering_target(), given, frozenset(), 0))
 
     @property
     def held_out(self) -> Path:
@@ -191,8 +229,9 @@ class TrainingRun:
         missing = [assignment for assignment in asked if assignment.origin not in done]
         target = EngineTarget(self._engine(), settings.sessions)
         texts = generate(target, missing, frozenset(self.target.eos_ids), 0, serving_noise=True)
-        write_shards(texts, unfinished, "texts", settings.shard_tokens, report)
-        unfinished.replace(folder)
+        write_shards(texts, unfinished, "texts", settings.shard_tokens, report, self._until_s)
+        if not self.time_is_up:
+            unfinished.replace(folder)
 
     @property
     def bottom_layers(self) -> int:
@@ -239,19 +278,30 @@ class TrainingRun:
         return target_parts(self.target, bottom_layers, DTYPES[self.config.target_dtype]).to(self.config.device)
 
     def train(self, report: Callable[[TrainingProgress], None]) -> HiddenDraft:
-        """Train the model, from the checkpoint if there is one, and return it."""
+        """Train the model, from the checkpoint if there is one, and return it.
+
+        It is not trained to the end if the time is up.
+        """
         settings = self.config.training
         torch.set_num_threads(settings.threads)
         torch.manual_seed(self.config.seed)
         parts = self.parts(self.bottom_layers)
         model = HiddenDraft(self.config_of_model())
-        checkpoint = self.folder / "checkpoint.pt"
         if self.start is not None:
             model = weights.load(self.start, torch.float32)[0].train()
-        elif not checkpoint.is_file():
+        elif not self.checkpoint.is_file():
             initialise(model, self.texts_of(self.texts, parts), parts, self.config.seed)
         model.to(self.config.device)
-        train(model, lambda: self.texts_of(self.texts, parts), parts, settings, self.config.seed, checkpoint, report)
+        train(
+            model,
+            lambda: self.texts_of(self.texts, parts),
+            parts,
+            settings,
+            self.config.seed,
+            self.checkpoint,
+            report,
+            self._until_s,
+        )
         return model.cpu()
 
     def save(self, model: HiddenDraft, out: Path) -> None:
@@ -291,9 +341,10 @@ def created(folder: Path) -> Path:
     return folder
 
 
-def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQueue[int]) -> None:
+def _work(worker: int, config: str, target: Path, folder: Path, until_s: float, counts: SimpleQueue[int]) -> None:
     """Run a worker's process, which puts each text's length and at the end a 0 into `counts`."""
-    TrainingRun(Config.model_validate_json(config), ModelFolder(target), folder).generate(worker, counts.put)
+    run = TrainingRun(Config.model_validate_json(config), ModelFolder(target), folder, until_s=until_s)
+    run.generate(worker, counts.put)
     counts.put(0)
 
 

@@ -23,7 +23,7 @@ from services.tools.training.shards import GeneratedText
 from shared.errors import SettingsError
 from shared.runtime.files import replacing
 
-CHECKPOINT_S = 120.0
+CHECKPOINT_S = 60.0
 REPORT_S = 10.0
 RIDGE_TOKENS = 60_000
 """Tokens that the initial linear map is fitted on."""
@@ -98,13 +98,15 @@ def train(
     seed: int,
     checkpoint: Path,
     report: Callable[[TrainingProgress], None],
+    until_s: float = math.inf,
 ) -> None:
     """Run all stages. texts: returns the texts, and is called before each pass, since generation may still go on.
+    until_s: time (of `time.monotonic`) at which the training stops, with a checkpoint.
 
     Raises SettingsError if the gradient stops being a number, if no text has a token to learn from, or if the
     checkpoint has a model of another shape.
     """
-    _Trainer(model, texts, parts, settings, checkpoint, report).run(seed)
+    _Trainer(model, texts, parts, settings, checkpoint, report, until_s).run(seed)
 
 
 class _Trainer:
@@ -118,8 +120,10 @@ class _Trainer:
         settings: Training,
         checkpoint: Path,
         report: Callable[[TrainingProgress], None],
+        until_s: float,
     ) -> None:
         self._model = model
+        self._until_s = until_s
         self._texts = texts
         self._parts = parts
         self._settings = settings
@@ -140,6 +144,8 @@ class _Trainer:
         rows_random = torch.Generator().manual_seed(order.getrandbits(63))
         for number in range(stage, len(self._settings.stages)):
             self._stage(number, order, rows_random)
+            if self._done < self._settings.stages[number].tokens:
+                return  # the time is up
             self._done = 0
             self._save(number + 1)
 
@@ -163,9 +169,11 @@ class _Trainer:
                 if now - reported > REPORT_S or self._done >= stage.tokens:
                     self._report(_progress(number, self._done, stage.tokens, since, now - reported))
                     since, reported = [], now
-                if now - saved > CHECKPOINT_S:
+                if now - saved > CHECKPOINT_S or now >= self._until_s:
                     self._save(number)
                     saved = now
+                if now >= self._until_s:
+                    return
                 if self._done >= stage.tokens:
                     break
             if self._done == before:

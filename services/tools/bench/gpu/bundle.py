@@ -7,7 +7,6 @@ sources.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Final
@@ -27,6 +26,7 @@ from services.tools.bench.support.options import run_program, words
 from services.tools.bench.support.report import terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import checkout, state_folder
+from services.tools.local.pieces import split
 from services.tools.local.progress import ConsoleProgress
 from shared.errors import SettingsError
 from shared.models.prepare import PACKAGED
@@ -134,7 +134,8 @@ def write(folder: Path, pythons: Sequence[str], names: Sequence[str], wheels: Pa
         with tarfile.open(whole, mode) as tar:  # type: ignore[call-overload]
             for path, inside in added:
                 tar.add(path, inside)
-        archives.append({"name": name, "pieces": list(_split(whole))})
+        pieces = [piece.model_dump() for piece in split(whole, folder, name, PIECE_BYTES)]
+        archives.append({"name": name, "pieces": pieces})
         whole.unlink()
     commit = subprocess.run(
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
@@ -143,16 +144,6 @@ def write(folder: Path, pythons: Sequence[str], names: Sequence[str], wheels: Pa
     (folder / unpack.CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
     shutil.copyfile(unpack.__file__, folder / "unpack.py")
     return sum(len(archive["pieces"]) for archive in archives)
-
-
-def _split(archive: Path) -> Iterator[dict[str, Any]]:
-    with archive.open("rb") as file:
-        number = 0
-        while content := file.read(PIECE_BYTES):
-            piece = archive.with_name(f"{archive.name}.{number}")
-            piece.write_bytes(content)
-            yield {"name": piece.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            number += 1
 
 
 if __name__ == "__main__":
