@@ -53,21 +53,11 @@ class EngineSettings(Protocol):
 
 def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) -> TargetEngine:
     """Load the model in a folder, or its twin. Raises ModelError, EngineError and SettingsError."""
-    engine_class: type[Engine]
-    if is_twin(target):
-        from shared.twin.folder import TwinFolder
+    engine_class = _engine_class(target)
+    if engine_class is None:
+        from shared.twin.engine import TwinEngine
 
-        if TwinFolder.open(target).spec.computed is None:
-            from shared.twin.engine import TwinEngine
-
-            return TwinEngine(target)
-        from shared.twin.computed import ComputedTwinEngine
-
-        engine_class = ComputedTwinEngine
-    else:
-        from shared.engine import Engine
-
-        engine_class = Engine
+        return TwinEngine(target)
     return engine_class(
         target,
         dtype=ModelFolder(target).resolved(settings.dtype),
@@ -78,6 +68,21 @@ def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) ->
         gpu_memory=settings.gpu_memory,
         gpus=settings.gpus,
     )
+
+
+def _engine_class(target: Path) -> type[Engine] | None:
+    """Return the class of the engine that computes a model for this target; None for a twin that waits instead."""
+    if not is_twin(target):
+        from shared.engine import Engine as ModelEngine
+
+        return ModelEngine
+    from shared.twin.folder import TwinFolder
+
+    if TwinFolder.open(target).spec.computed is None:
+        return None
+    from shared.twin.computed import ComputedTwinEngine
+
+    return ComputedTwinEngine
 
 
 class EngineThread:
