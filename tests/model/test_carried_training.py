@@ -24,8 +24,8 @@ from shared.models.folder import ModelFolder
 CONFIG = Config.model_validate(
     {
         "target_dtype": "float32",
-        "prompts": {"count": 12, "free_texts": 2, "held_out": 11},
-        "generation": {"sessions": 4, "max_prompt": 32, "max_new": 16, "shard_tokens": 200},
+        "prompts": {"count": 40, "free_texts": 4, "held_out": 11},
+        "generation": {"sessions": 4, "max_prompt": 32, "max_new": 16, "shard_tokens": 1000},
         "training": {
             "stages": [{"steps": 1, "tokens": 500, "learning_rate": 1e-3}],
             "batch_tokens": 128, "frequent_rows": 200, "random_rows": 50, "head_rows": 0,
@@ -65,13 +65,13 @@ def test_a_run_is_finished_by_machines_that_start_empty(target: ModelFolder, tmp
     carry, draft = tmp_path / "carry", tmp_path / "draft"
     train_draft(TrainingRun(CONFIG, target, tmp_path / "first", until_s=NO_TIME), draft, carry)
     kept = list(shards.load_all(tmp_path / "first" / "texts"))
-    assert 0 < len(kept) < 12
+    assert 0 < len(kept) < 40
     assert not list(draft.iterdir())
     shutil.rmtree(tmp_path / "first")
     second = TrainingRun(CONFIG, target, tmp_path / "second")
     train_draft(second, draft, carry)
     texts = list(shards.load_all(second.texts))
-    assert len({text.origin for text in texts}) == len(texts) > 12
+    assert len({text.origin for text in texts}) == len(texts) > 40
     again = {text.origin: text.tokens.tolist() for text in texts}
     assert {text.origin: again[text.origin] for text in kept} == {text.origin: text.tokens.tolist() for text in kept}
     assert HiddenDraftFolder.open(draft).fits(target)
@@ -127,7 +127,7 @@ def test_other_pieces_than_those_of_the_run_are_refused(generated: TrainingRun, 
     with pytest.raises(SettingsError, match="is damaged: copy it again"):
         CarriedRun(carry, empty).restore()
     piece.unlink()
-    with pytest.raises(SettingsError, match=r"No such file.*Copy it again"):
+    with pytest.raises(SettingsError, match=r"No such file.*: copy it again"):
         CarriedRun(carry, empty).restore()
     (carry / CONTENTS).write_text("{")
     with pytest.raises(SettingsError, match=r"carried\.json is damaged"):

@@ -26,7 +26,7 @@ class Piece(BaseModel):
 
 def split(file: Path, to: Path, name: str, most_bytes: int) -> list[Piece]:
     """Write the pieces of a file, at most `most_bytes` each, into the folder `to`, as NAME.0, NAME.1 and so on."""
-    pieces = []
+    pieces: list[Piece] = []
     with file.open("rb") as content:
         while part := content.read(most_bytes):
             piece = to / f"{name}.{len(pieces)}"

@@ -168,7 +168,7 @@ def read_tokens(path: Path) -> Sequence[shards.GeneratedText]:
     """Return the texts that `write_tokens` wrote, with states of no element."""
     with np.load(path, allow_pickle=False) as file:
         parts = {name: file[name] for name in file.files}
-    tokens = torch.from_numpy(parts["tokens"]).split(parts["lengths"].tolist())
+    tokens = torch.split(torch.from_numpy(parts["tokens"]), parts["lengths"].tolist())
     return [
         shards.GeneratedText(one, torch.zeros(len(one), 0), prompt_len, origin, temperature, kind)
         for one, prompt_len, origin, temperature, kind in zip(

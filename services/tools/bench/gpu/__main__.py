@@ -23,11 +23,11 @@ import typer
 
 from services.tools.bench.gpu.plan import (
     ARMS,
+    DEFAULT_KINDS,
     FORMS,
     INTERPRETER_SLOWNESS,
     KINDS,
     MODELS,
-    ON_THEIR_OWN,
     TABLES,
     TINY_PLAN,
     GpuPlan,
@@ -50,7 +50,7 @@ def main(
     formats: Annotated[str, typer.Option(help="Formats of weights for exactness.")] = ",".join(FORMS),
     steps: Annotated[
         str, typer.Option(help=f"Kinds of steps: some of {', '.join(KINDS)}. suite needs RabbitMQ and Redis.")
-    ] = ",".join(kind for kind in KINDS if kind not in ON_THEIR_OWN),
+    ] = ",".join(DEFAULT_KINDS),
     calibrated: Annotated[
         str, typer.Option(help="Shapes to calibrate: those of --models, and qwen3-32b where the memory allows.")
     ] = "smollm2-135m,qwen3-8b,qwen3-32b",

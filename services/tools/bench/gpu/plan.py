@@ -9,8 +9,8 @@ from typing import Final
 FORMS: Final = ("bfloat16", "float16", "float32")
 MODELS: Final = ("smollm2-135m", "qwen3-8b")
 KINDS: Final = ("exactness", "texts", "speed", "products", "calibration", "rivals", "suite")
-ON_THEIR_OWN: Final = frozenset({"suite"})
-"""Kinds of steps that take minutes each, and that the default leaves out."""
+DEFAULT_KINDS: Final = KINDS[:-1]
+"""Kinds without the suite, which takes minutes for each way of serving, and needs brokers."""
 ARMS: Final = ("centralized", "sled", "wisp+")
 """Arms of the suite's step: as in `wisp bench load`."""
 NEW_TOKENS: Final = (1, 5, 9)

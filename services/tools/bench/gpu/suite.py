@@ -75,7 +75,7 @@ def measure_arm(
         twin = write_twin(
             PROFILE, model.tokenizer, made / "twin", trace=trace_path(TRACE), computed=made / "model"
         ).path
-        env_of = {service: dict(env) for service, env in service_settings(scenario).items()}
+        env_of = service_settings(scenario)
         for service in ("verifier", "baseline"):
             env_of.setdefault(service, {}).update(WISP_DEVICE=str(model.torch_device), WISP_GPU_MEMORY=GPU_MEMORY)
         settings = ArmSettings(

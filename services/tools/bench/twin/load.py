@@ -85,7 +85,7 @@ def load_of(scenario: Scenario, seed: int, folder: Path) -> tuple[Workload, Scen
     return workload, ScenarioRequests(scenario, seed, Tokenizer(ModelFolder(folder)))
 
 
-def service_settings(scenario: Scenario) -> Mapping[str, Mapping[str, str]]:
+def service_settings(scenario: Scenario) -> dict[str, dict[str, str]]:
     """Return the settings by service with which the suite behaves as in the simulator."""
     return {
         "scheduler": {"WISP_MAX_BATCH_MS": str(scenario.max_batch_ms)},
