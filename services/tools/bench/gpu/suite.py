@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from services.tools.bench.gpu.verdict import CAPACITY_AIM
 from services.tools.bench.load.arms import arms_of
 from services.tools.bench.load.campaign import ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
@@ -87,7 +88,9 @@ def measure_arm(
             env_of=env_of,
         )
         workload, requests = load_of(scenario, SEED, twin)
-        plan = LoadPlan(arms_of(arm), [], CapacitySearch(*load, TOLERANCE), 1, window, workload, requests)
+        plan = LoadPlan(
+            arms_of(arm), [], CapacitySearch(*load, TOLERANCE, [CAPACITY_AIM]), 1, window, workload, requests
+        )
         campaign = Campaign(plan, Progress(), show)
         run(lambda: campaign.run_arms(settings))
 

@@ -46,6 +46,8 @@ class CapacitySearch:
     first: int
     most: int
     tolerance: float
+    aims: Sequence[float] = AIMS
+    """Shares of requests that attain, in the order of the searches."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class Campaign:
     """Observer of the running stack; None for a server that this campaign did not start."""
 
     def __post_init__(self) -> None:
-        self.results = LoadResults(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
+        self.results = LoadResults(
+            window=self.plan.window, aims=list(self.plan.search.aims) if self.plan.search else []
+        )
 
     async def run_arms(self, settings: ArmSettings) -> None:
         """For each repeat, start a stack for each arm in turn and measure it.
@@ -200,7 +204,7 @@ class Campaign:
                 await self._measure(arm, client, observer, sessions, repeat)
             if (search := self.plan.search) is None or repeat < self.plan.repeats - 1:
                 return
-            for aim in AIMS:
+            for aim in search.aims:
                 while (found := self._next(arm, aim, search)) is not None:
                     for repeat in range(self.plan.repeats):
                         await self._measure(arm, client, observer, found, repeat)
