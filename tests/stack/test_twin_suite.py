@@ -11,7 +11,7 @@ from patience import HANG_S
 from twins import make_twin
 
 from services.tools.bench.gpu.random_models import configuration
-from services.tools.bench.gpu.suite import ServedModel, measure_arm
+from services.tools.bench.gpu.suite import ComputedTarget, measure_arm
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.results import MeasuredPoint
 from services.tools.bench.load.lateness import EmulationLog
@@ -102,7 +102,7 @@ def test_the_suite_is_measured_with_a_target_that_is_computed(target_folder: Pat
     """`wisp bench gpu --steps suite` on a CPU: a tiny target, and drafts of the shipped trace."""
     config = configuration("tiny") | {"max_position_embeddings": 8192}
     points: list[MeasuredPoint] = []
-    model = ServedModel(config, target_folder, torch.device("cpu"))
+    model = ComputedTarget(config, target_folder, torch.device("cpu"))
     measure_arm("centralized", model, Window(warm_up_s=0, measure_s=1, drain_s=HANG_S), (1, 1), points.append)
     [point] = points
     assert (point.arm, point.sessions, point.measures.errors) == ("centralized", 1, 0)

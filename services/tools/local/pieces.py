@@ -14,7 +14,7 @@ from shared.errors import SettingsError
 CHUNK: Final = 1 << 20
 
 
-class Piece(BaseModel):
+class FilePiece(BaseModel):
     """A piece of a file."""
 
     model_config = ConfigDict(frozen=True)
@@ -24,18 +24,18 @@ class Piece(BaseModel):
     sha256: str
 
 
-def split(file: Path, to: Path, name: str, most_bytes: int) -> list[Piece]:
+def split(file: Path, to: Path, name: str, most_bytes: int) -> list[FilePiece]:
     """Write the pieces of a file, at most `most_bytes` each, into the folder `to`, as NAME.0, NAME.1 and so on."""
-    pieces: list[Piece] = []
+    pieces: list[FilePiece] = []
     with file.open("rb") as content:
         while part := content.read(most_bytes):
             piece = to / f"{name}.{len(pieces)}"
             piece.write_bytes(part)
-            pieces.append(Piece(name=piece.name, bytes=len(part), sha256=hashlib.sha256(part).hexdigest()))
+            pieces.append(FilePiece(name=piece.name, bytes=len(part), sha256=hashlib.sha256(part).hexdigest()))
     return pieces
 
 
-def join(folder: Path, pieces: Sequence[Piece], to: Path) -> None:
+def join(folder: Path, pieces: Sequence[FilePiece], to: Path) -> None:
     """Write the file of these pieces. Raises SettingsError if one is missing or damaged."""
     with to.open("wb") as file:
         for piece in pieces:

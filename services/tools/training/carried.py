@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from services.tools.local.pieces import Piece, join, split
+from services.tools.local.pieces import FilePiece, join, split
 from services.tools.training import shards
 from services.tools.training.run import TrainingRun, created
 from shared.errors import SettingsError
@@ -46,7 +46,7 @@ class CarriedFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    pieces: list[Piece]
+    pieces: list[FilePiece]
     changed_ns: int
     """Time of its last change, by which a newer checkpoint is seen."""
 

@@ -157,7 +157,7 @@ def calibration(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
 
 def suite(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
     """Measure the capacity of one way of serving, with a target that is computed here."""
-    from services.tools.bench.gpu.suite import ServedModel, measure_arm
+    from services.tools.bench.gpu.suite import ComputedTarget, measure_arm
 
     def show(point: MeasuredPoint) -> None:
         found = point.measures
@@ -171,7 +171,7 @@ def suite(plan: GpuPlan, step: GpuStep, emit: Emit) -> None:
     warm_up, measured, drain = plan.point_s
     window = Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain)
     first, most = plan.load
-    measure_arm(step.arm, ServedModel(config, tokenizer, _device(plan)), window, (first, most), show)
+    measure_arm(step.arm, ComputedTarget(config, tokenizer, _device(plan)), window, (first, most), show)
 
 
 def _settled(plan: GpuPlan, model: RandomModel, form: str, blocks: int) -> GpuDecoder:

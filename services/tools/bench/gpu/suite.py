@@ -49,7 +49,7 @@ CPU_KV_TOKENS: Final = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ComputedTarget:
     """The target of the suite."""
 
     config: dict[str, Any]
@@ -60,7 +60,7 @@ class ServedModel:
 
 
 def measure_arm(
-    arm: str, model: ServedModel, window: Window, load: tuple[int, int], show: Callable[[MeasuredPoint], None]
+    arm: str, model: ComputedTarget, window: Window, load: tuple[int, int], show: Callable[[MeasuredPoint], None]
 ) -> None:
     """Search for the capacity of an arm. load: sessions at which the search starts, and the most. show: called with
     each point.
@@ -95,7 +95,7 @@ def measure_arm(
         run(lambda: campaign.run_arms(settings))
 
 
-def _kv_tokens(model: ServedModel, weights: int, config: dict[str, Any]) -> int:
+def _kv_tokens(model: ComputedTarget, weights: int, config: dict[str, Any]) -> int:
     """Return the KV budget of every arm."""
     if model.torch_device.type != "cuda":
         return CPU_KV_TOKENS
