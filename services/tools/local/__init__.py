@@ -8,6 +8,7 @@ __all__ = [
     "folder",
     "machine",
     "namespace",
+    "pieces",
     "ports",
     "process",
     "progress",

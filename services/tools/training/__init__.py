@@ -2,6 +2,7 @@
 
 __all__ = [
     "answering",
+    "carried",
     "classifiers",
     "config",
     "controller",

@@ -1,3 +1,3 @@
 """Programs around twins: `wisp calibrate` measures a target profile, `wisp trace` records texts and drafts."""
 
-__all__ = ["calibrate", "fitting", "traces"]
+__all__ = ["calibrate", "fitting", "random_model", "traces"]
