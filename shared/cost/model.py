@@ -38,26 +38,26 @@ FALLBACK = CostModel(
 
 
 class Shape(Protocol):
-    """Size of a batch; `BatchShape` is its form in messages."""
+    """Size of a batch, exact or expected; `BatchShape` is its form in messages."""
 
     @property
-    def jobs(self) -> int:
+    def jobs(self) -> float:
         """See `BatchShape`."""
 
     @property
-    def new_tokens(self) -> int:
+    def new_tokens(self) -> float:
         """See `BatchShape`."""
 
     @property
-    def new_context(self) -> int:
+    def new_context(self) -> float:
         """See `BatchShape`."""
 
     @property
-    def context(self) -> int:
+    def context(self) -> float:
         """See `BatchShape`."""
 
     @property
-    def rows(self) -> int:
+    def rows(self) -> float:
         """See `BatchShape`."""
 
 

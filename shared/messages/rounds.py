@@ -254,6 +254,11 @@ class Result(Message):
         """Accepted draft tokens of a round, or accepted copies of a run."""
         return len(self.copied) if self.run else self.accepted
 
+    @property
+    def run_steps(self) -> int:
+        """Steps of the model that brought the tokens of a run, at least 1: each token but the copies took one."""
+        return max(1, len(self.tokens) - len(self.copied))
+
 
 class HiddenStates(Message):
     """verifier → one drafter, before the Result: the target's final hidden states of committed tokens.

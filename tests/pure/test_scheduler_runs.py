@@ -12,6 +12,7 @@ from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.scheduler.core.pool import RECOVERY_TOKENS, ActiveSession
+from services.scheduler.core.verifier_runs import ONE_TOKEN, PACE_STEPS, RunPace
 from shared import cost
 from shared.messages import Batch, Finish, Result, Status, Verify
 from shared.slo import step_need
@@ -258,8 +259,8 @@ def test_a_fast_session_whose_drafts_bring_much_keeps_its_rounds() -> None:
     for _ in range(20):
         now += 60.0
         session.record_result(now, 50.0, 3)
-    assert runs.unasked_tokens(session, 0, trimmed=False, step_ms=45.0) == 0
-    assert runs.unasked_tokens(session, 0, trimmed=True, step_ms=45.0) == runs.FIRST_TOKENS
+    assert runs.unasked_tokens(session, 0, trimmed=False, token_ms=45.0) == 0
+    assert runs.unasked_tokens(session, 0, trimmed=True, token_ms=45.0) == runs.FIRST_TOKENS
 
 
 @pytest.mark.parametrize(("tpot_ms", "round_ms", "granted"), [(50.0, 110.0, 4), (40.0, 110.0, 0), (40.0, 125.0, 4)])
@@ -267,7 +268,7 @@ def test_a_session_that_a_run_would_fail_keeps_slower_rounds(tpot_ms: float, rou
     session = ActiveSession("default", tpot_ms)
     for number in range(1, 30):
         session.record_result(round_ms * number, 50.0, 2)
-    assert runs.unasked_tokens(session, 0, trimmed=False, step_ms=45.0) == granted
+    assert runs.unasked_tokens(session, 0, trimmed=False, token_ms=45.0) == granted
 
 
 def test_sessions_without_a_promise_make_room_for_those_with_one() -> None:
@@ -333,6 +334,101 @@ def test_the_price_of_a_token_counts_the_runs_beside_it() -> None:
     assert before.run_ms is not None
     assert after.run_ms is not None
     assert after.run_ms == after.verify_ms[0] > before.run_ms
+
+
+COPIED = {"copied": [0, 1, 3, 4], "trimmed_to": 6}
+"""Six tokens of a run in two steps, each of which verified three copies and accepted two."""
+
+
+def in_copying_run(d: Dispatcher, session: str, now_ms: float, **more: Any) -> None:
+    """Bring a session into a run that copies, and report the steps that its pace is averaged over."""
+    in_run(d, session, now_ms, run_copies=8, **more)
+    for number in range(PACE_STEPS):
+        d.on_result(report(session, 21 + 6 * number, 6, 90, number + 1, **COPIED), now_ms + 2.0)
+
+
+def test_the_pace_of_a_run_that_copies_is_learned_from_its_reports() -> None:
+    d = dispatcher()
+    in_copying_run(d, "s", 0.0)
+    (_, run), session = *d.fleet.verifiers["v1"].runs.items(), d.fleet.sessions["s"]
+    assert run.pace.rows == pytest.approx(4.0, rel=0.15)
+    assert run.pace.tokens == pytest.approx(3.0, rel=0.15)
+    assert session.tokens_per_round(1.0) == pytest.approx(3.0, rel=0.15), "a step is a round"
+    found = d.load(5.0)
+    assert found.tokens_per_round == pytest.approx(3.0, rel=0.15)
+    d.on_heartbeat(builders.heartbeat("v1", {"s": run.length - 1}, lease=1), 8.0)
+    d.on_verify(plain("s", 40, run.length), 9.0)
+    d.on_result(settled(only(d, 9.0), run_left=32), 9.5)
+    (_, run) = next(iter(d.fleet.verifiers["v1"].runs.items()))
+    assert run.pace == ONE_TOKEN, "its drafter allowed no copies this time"
+
+
+def test_a_batch_behind_a_step_with_copies_is_expected_to_begin_when_that_ends() -> None:
+    begins = []
+    for copied in ({}, COPIED):
+        d = dispatcher()
+        in_run(d, run_copies=8)
+        for number in range(PACE_STEPS):
+            d.on_result(report("s", 21 + 6 * number, 6, 90, number + 1, **copied), 2.0)
+        d.on_verify(builders.verify("rounds", 1, 20), 3.0)
+        only(d, 3.0)
+        begins.append(d.fleet.verifiers["v1"].in_flight[0].sent_ms)
+    length = 21 + 6 * PACE_STEPS
+    steps = [cost.predict_ms(MODEL, cost.shape_of([(rows, length + rows, rows)])) for rows in (1, 4)]
+    assert begins[0] == pytest.approx(2.0 + steps[0])
+    assert begins[1] == pytest.approx(2.0 + steps[1], rel=0.03)
+
+
+@pytest.mark.parametrize(("share", "copies"), [(None, 8), (1.1, 8), (0.5, 0)])
+def test_copies_give_way_to_a_promise_that_they_alone_would_break(share: float | None, copies: int) -> None:
+    """share: how much longer the other session's promise is than a plain step, against a step with copies."""
+    d = dispatcher()
+    d.on_verify(plain("copies", run_copies=8), 0.0)
+    session, state = d.fleet.sessions["copies"], d.fleet.verifiers["v1"]
+    session.pace = RunPace(4.0, 3.0)
+    plain_ms, copying_ms = runs.step_ms(state, 20), runs.copying_step_ms(state, 20, session.pace)
+    if share is not None:
+        tpot_ms = plain_ms + share * (copying_ms - plain_ms)
+        d.on_verify(builders.verify("promised", 1, 20, tpot_ms=tpot_ms, slack_ms=500.0), 0.0)
+    grants = {job.session: job.run for _, batch in d.dispatch(0.0)[0] for job in batch.jobs}
+    assert grants["copies"] is not None
+    assert grants["copies"].copies == copies
+
+
+def test_a_session_keeps_its_copies_beside_its_own_promise() -> None:
+    """Nobody else waits for its steps, and they bring it more tokens per time."""
+    d = dispatcher()
+    d.on_verify(plain("s", run_copies=8, tpot_ms=TPOT_MS, slack_ms=500.0), 0.0)
+    d.fleet.sessions["s"].pace = RunPace(40.0, 30.0)
+    (job,) = only(d, 0.0).jobs
+    assert job.run is not None
+    assert job.run.copies == 8
+
+
+@pytest.mark.parametrize(("pace", "granted"), [(RunPace(1.0, 1.0), False), (RunPace(4.0, 3.0), True)])
+def test_rounds_have_to_beat_a_run_with_its_copies(pace: RunPace, granted: bool) -> None:
+    """Here a round brings two tokens in the time of two plain steps."""
+    d = dispatcher()
+    d.on_verify(builders.verify("s", 40, 20, [1], run_copies=8), 0.0)
+    session, state = d.fleet.sessions["s"], d.fleet.verifiers["v1"]
+    session.pace, session.timed_rounds = pace, 2 * runs.TRUSTED_ROUNDS
+    session.round_tokens, session.round_ms = 2.0, 2.0 * runs.step_ms(state, 20)
+    assert (only(d, 0.0).jobs[0].run is not None) is granted
+
+
+def test_copies_change_no_price_and_take_no_room_from_promises() -> None:
+    """They are left out where a batch needs their time, so both count one token of the run."""
+    loads = []
+    for copied in ({}, COPIED):
+        d = dispatcher()
+        in_run(d, run_copies=8, tpot_ms=TPOT_MS, slack_ms=900.0)
+        for number in range(PACE_STEPS):
+            d.on_result(report("s", 21 + 6 * number, 6, 90, number + 1, **copied), 2.0)
+        loads.append(d.load(5.0))
+    plain_load, copying_load = loads
+    assert copying_load.price_ms == plain_load.price_ms
+    assert copying_load.utilization == plain_load.utilization
+    assert copying_load.demand == plain_load.demand
 
 
 def test_a_drafter_halts_its_run_but_not_a_run_for_its_slowness() -> None:
@@ -410,7 +506,7 @@ def test_a_few_unlucky_rounds_are_no_reason_for_a_run() -> None:
     for number in range(1, runs.TRUSTED_ROUNDS + 2):
         session.record_expected(3.0)
         session.record_result(100.0 * number, 50.0, 1)
-        granted = runs.unasked_tokens(session, 0, trimmed=False, step_ms=45.0)
+        granted = runs.unasked_tokens(session, 0, trimmed=False, token_ms=45.0)
         assert bool(granted) == (session.timed_rounds >= runs.TRUSTED_ROUNDS), "then the drafter has been wrong"
 
 

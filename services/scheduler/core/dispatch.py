@@ -15,7 +15,7 @@ from services.scheduler.core.fleet import VerifierFleet
 from services.scheduler.core.load import LoadAverages
 from services.scheduler.core.policies import POLICIES, PolicyOptions, Situation
 from services.scheduler.core.pool import ActiveSession, InFlight, PendingRound, VerifierState
-from services.scheduler.core.verifier_runs import RunningRun
+from services.scheduler.core.verifier_runs import ONE_TOKEN, RunningRun
 from shared.messages import SILENT_MS, Batch, CostModel, Heartbeat, Job, Load, Result, RunGrant, Status, Verify
 
 LOST_FACTOR = 5.0
@@ -120,9 +120,9 @@ class Dispatcher:
         session = self.fleet.sessions.get(result.session)
         if session is not None:
             session.seen_ms = now_ms
-        run = self._follow_run(state, result, pending, now_ms)
         if result.run:
             self._on_run_report(result, session, now_ms)
+        run = self._follow_run(state, result, pending, now_ms)
         if run is not None and not result.run_left:
             self._resulted_ms[result.session] = now_ms
             state.returning[result.session] = now_ms + self.return_ms(run.drafter_id or "")
@@ -147,9 +147,8 @@ class Dispatcher:
             self._resulted_ms[result.session] = now_ms
             state.returning[result.session] = now_ms + self.return_ms(pending.verify.drafter)
 
-    @staticmethod
     def _follow_run(
-        state: VerifierState, result: Result, pending: PendingRound | None, now_ms: float
+        self, state: VerifierState, result: Result, pending: PendingRound | None, now_ms: float
     ) -> RunningRun | None:
         """Note whether the result's session is in a run; return the run as it was before this result."""
         before = state.runs.pop(result.session)
@@ -158,7 +157,9 @@ class Dispatcher:
             if pending is not None:
                 drafter_id = pending.verify.drafter
             length = result.base_len + len(result.tokens)
-            state.runs.set(result.session, RunningRun(length, drafter_id, now_ms))
+            session = self.fleet.sessions.get(result.session)
+            pace = ONE_TOKEN if session is None else session.run_pace
+            state.runs.set(result.session, RunningRun(length, drafter_id, now_ms, pace))
         return before
 
     def _on_run_report(self, result: Result, session: ActiveSession | None, now_ms: float) -> None:
@@ -168,7 +169,7 @@ class Dispatcher:
         self._averages.on_run(result)
         if session is not None:
             tokens = session.advance(result.base_len + len(result.tokens))
-            session.record_run(now_ms, tokens)
+            session.record_run(now_ms, tokens, result)
             if session.due_ms is not None and session.tpot_ms is not None:
                 session.due_ms += session.tpot_ms * tokens
 

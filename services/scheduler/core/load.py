@@ -74,8 +74,12 @@ class LoadAverages:
                 setattr(self, name, getattr(self, name) + SMOOTHING * (value - getattr(self, name)))
 
     def on_run(self, result: Result) -> None:
-        """Update from tokens that were decoded in a run: rounds of one token."""
-        for name, value in (("tokens_per_round", 1.0), ("round_tokens", 1.0), ("length", result.base_len)):
+        """Update from tokens that were decoded in a run: each of its steps counts as a round."""
+        for name, value in (
+            ("tokens_per_round", max(1.0, len(result.tokens) / result.run_steps)),
+            ("round_tokens", 1.0 + result.trimmed_to / result.run_steps),
+            ("length", result.base_len),
+        ):
             setattr(self, name, getattr(self, name) + SMOOTHING * (value - getattr(self, name)))
 
     def on_end(self, session: ActiveSession) -> None:

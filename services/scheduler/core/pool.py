@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
-from services.scheduler.core.verifier_runs import VerifierRuns
+from services.scheduler.core.verifier_runs import ONE_TOKEN, RunPace, VerifierRuns
 from shared import cost
-from shared.messages import CostModel, Heartbeat, Verify
+from shared.messages import CostModel, Heartbeat, Result, Verify
 
 DEFAULT_ACCEPTANCE = 0.5
 """Acceptance probability of a draft token whose drafter predicts none."""
@@ -121,6 +121,10 @@ class ActiveSession:
     """Rounds that `round_ms` is made of."""
     run_grant: int = 0
     """Tokens of its last run, if nobody asked for it; 0 if its last round got none or its drafter asked for it."""
+    run_copies: bool = False
+    """True if its last run may copy."""
+    pace: RunPace = ONE_TOKEN
+    """Pace of its runs that may copy."""
 
     def tokens_per_round(self, usual: float) -> float:
         """Return the tokens that its next round is expected to bring.
@@ -161,11 +165,22 @@ class ActiveSession:
         self.expected_rounds += 1
         self.expected_tokens += max(SMOOTHING, 1 / self.expected_rounds) * (tokens - self.expected_tokens)
 
-    def record_run(self, now_ms: float, tokens: int) -> None:
-        """Record tokens that were decoded in a run: each is a round of one token."""
+    @property
+    def run_pace(self) -> RunPace:
+        """Expected pace of its present run."""
+        return self.pace if self.run_copies else ONE_TOKEN
+
+    def record_run(self, now_ms: float, tokens: int, result: Result) -> None:
+        """Record tokens that were decoded in a run: each of its steps is a round.
+
+        tokens: those of the result's that no earlier one has brought.
+        """
+        steps = result.run_steps
         self.resulted_ms = now_ms
-        self.rounds += tokens
+        self.rounds += min(tokens, steps)
         self.tokens += tokens
+        if self.run_copies and result.tokens:
+            self.pace = self.pace.after(steps, steps + result.trimmed_to, len(result.tokens))
 
 
 def _averaged(before: float | None, measured: float) -> float:
@@ -251,23 +266,23 @@ class VerifierState:
 
     def step_left_ms(self, now_ms: float) -> float:
         """Return the predicted time until the present step of its runs ends. Reports come at the ends of steps."""
-        step_ms = cost.predict_ms(self.model, self.runs.shape)
+        step_ms = cost.predict_ms(self.model, self.runs.expected)
         since_ms = now_ms - self.runs.reported_ms
         return step_ms - since_ms % step_ms if step_ms > 0 else 0.0
 
     def runs_due_ms(self, sessions: Mapping[str, ActiveSession], start_ms: float) -> list[float]:
         """Return the latest end of a step that starts at `start_ms`, for each session with an SLO in a run.
 
-        Each step before it brings a token. A run that is faster than its SLO asks makes up for a long step within the
-        next `RECOVERY_TOKENS` tokens.
+        Each step before it brings the tokens of the run's pace. A run that is faster than its SLO asks makes up for a
+        long step within the next `RECOVERY_TOKENS` tokens.
         """
-        step_ms = max(1e-3, cost.predict_ms(self.model, self.runs.shape))
+        step_ms = max(1e-3, cost.predict_ms(self.model, self.runs.expected))
         due = []
         for session_id, run in self.runs.items():
             session = sessions.get(session_id)
             if session is None or session.due_ms is None or session.tpot_ms is None:
                 continue
-            before = max(0, round((start_ms - run.reported_ms) / step_ms))
-            spare_ms = RECOVERY_TOKENS * max(0.0, session.tpot_ms - step_ms)
+            before = max(0, round((start_ms - run.reported_ms) / step_ms)) * run.pace.tokens
+            spare_ms = RECOVERY_TOKENS * max(0.0, session.tpot_ms - step_ms / run.pace.tokens)
             due.append(session.due_ms + before * session.tpot_ms + spare_ms)
         return due

@@ -6,7 +6,7 @@ tokens per time than a run would, because its device or its link is slow. The dr
 of this kind grow while it does not catch up.
 
 Sessions without an SLO are not decoded in runs, and their runs are halted, while these runs' steps take longer than a
-session of the verifier was promised for a token.
+session of the verifier was promised for a token. Where only the copies make the steps that long, runs get none.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from services.scheduler.core.batching import ChosenRound
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import ActiveSession, VerifierState
+from services.scheduler.core.verifier_runs import ExpectedShape, RunPace
 from shared import cost
 from shared.cost.model import TYPICAL_LENGTH
 from shared.messages import RunGrant, Verify
@@ -41,9 +42,25 @@ LOST_MS = 5000.0
 
 
 def step_ms(state: VerifierState, length: int) -> float:
-    """Return the predicted time of a step of the verifier's runs and one more session of this length."""
+    """Return the predicted time of a step of the verifier's runs and one more session of this length, without copies.
+
+    This is the shortest step: copies give way where a step with them would break a promise of one of several runs.
+    """
     shape = state.runs.shape.copy()
     shape.add(1, length + 1, 1)
+    return cost.predict_ms(state.model, shape)
+
+
+def copying_step_ms(state: VerifierState, length: int, pace: RunPace) -> float:
+    """Return the expected time of a step of the verifier's runs and one more session of this length and pace."""
+    jobs, new_tokens, new_context, context, rows = state.runs.expected
+    shape = ExpectedShape(
+        jobs + 1,
+        new_tokens + pace.rows,
+        new_context + pace.rows * (length + 1),
+        context + length + pace.rows,
+        rows + pace.rows,
+    )
     return cost.predict_ms(state.model, shape)
 
 
@@ -65,21 +82,21 @@ def _tightest(state: VerifierState, promised: Iterable[float]) -> float:
     return min((tpot_ms for tpot_ms in promised if tpot_ms >= alone_ms), default=math.inf)
 
 
-def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, step_ms: float) -> int:
+def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, token_ms: float) -> int:
     """Return the length of the run that a session gets unasked, although its drafter drafts; 0 for none.
 
     before: tokens of its last such run; 0 if its last round brought none. trimmed: True if none of its draft had room
-    in the batch. step_ms: time per token of the run.
+    in the batch. token_ms: time per token of the run.
     """
     tokens = session.round_tokens
     if session.timed_rounds < TRUSTED_ROUNDS:
         tokens = max(tokens, session.expected_tokens)
-    hopeless = session.tpot_ms is not None and session.tpot_ms < step_ms
+    hopeless = session.tpot_ms is not None and session.tpot_ms < token_ms
     gain = HOPELESS_GAIN if hopeless else GAIN
     slow = (
         session.timed_rounds >= MEASURED_ROUNDS
         and session.round_ms is not None
-        and tokens * step_ms * gain < session.round_ms
+        and tokens * token_ms * gain < session.round_ms
     )
     if not (trimmed or slow):
         return 0
@@ -95,14 +112,19 @@ def granted(
     """
     verify = chosen.pending.verify
     grant_before, session.run_grant = session.run_grant, 0
-    run_step_ms = step_ms(state, verify.base_len)
-    if session.tpot_ms is None and run_step_ms > tightest_ms:
+    token_ms = step_ms(state, verify.base_len)
+    if session.tpot_ms is None and token_ms > tightest_ms:
         return None
+    copying_ms = copying_step_ms(state, verify.base_len, session.pace)
+    own_promise = session.tpot_ms is not None and session.tpot_ms <= tightest_ms
+    session.run_copies = copies and verify.run_copies > 0 and (own_promise or copying_ms <= tightest_ms)
+    if session.run_copies:
+        token_ms = copying_ms / session.pace.tokens
     tokens = min(verify.run_tokens, MOST_TOKENS)
     if not tokens:
         trimmed = bool(verify.draft) and not chosen.draft
-        tokens = session.run_grant = unasked_tokens(session, grant_before, trimmed=trimmed, step_ms=run_step_ms)
-    return RunGrant(tokens=tokens, ms=LONGEST_MS, copies=verify.run_copies if copies else 0) if tokens else None
+        tokens = session.run_grant = unasked_tokens(session, grant_before, trimmed=trimmed, token_ms=token_ms)
+    return RunGrant(tokens=tokens, ms=LONGEST_MS, copies=verify.run_copies * session.run_copies) if tokens else None
 
 
 def halts_unasked(session: ActiveSession, state: VerifierState, verify: Verify, now_ms: float) -> bool:
@@ -113,6 +135,6 @@ def halts_unasked(session: ActiveSession, state: VerifierState, verify: Verify, 
     run = state.runs.get(verify.session)
     if run is None or not session.run_grant:
         return False
-    late_ms = LATE_MS + cost.predict_ms(state.model, state.runs.shape)
+    late_ms = LATE_MS + cost.predict_ms(state.model, state.runs.expected)
     follows = verify.base_len <= run.length and now_ms - run.reported_ms <= late_ms
     return follows and run.drafter_id == verify.drafter

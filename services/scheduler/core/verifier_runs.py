@@ -4,9 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.scheduler.core.mutable_shape import MutableShape
 from shared.kernels.layout import BLOCK
+
+PACE_STEPS = 32
+"""Steps that the pace of a session's runs is averaged over."""
+
+
+@dataclass(frozen=True)
+class RunPace:
+    """What a step computes and brings of a run, on average: one token, or more where the run copies.
+
+    The average includes steps with a batch, in which no run copies.
+    """
+
+    rows: float = 1.0
+    """Rows of logits: that of its next token, and those of its copies."""
+    tokens: float = 1.0
+    """Tokens that the session gets."""
+
+    def after(self, steps: int, rows: int, tokens: int) -> RunPace:
+        """Return the pace after these steps, at least one, which computed and brought so much."""
+        share = min(1.0, steps / PACE_STEPS)
+        return RunPace(
+            self.rows + share * (rows / steps - self.rows), self.tokens + share * (tokens / steps - self.tokens)
+        )
+
+
+ONE_TOKEN = RunPace()
+"""The pace of a run without copies."""
+
+
+class ExpectedShape(NamedTuple):
+    """Expected shape of a step: that of `BatchShape`, with fractions of tokens."""
+
+    jobs: int
+    new_tokens: float
+    new_context: float
+    context: float
+    rows: float
 
 
 @dataclass(frozen=True)
@@ -18,15 +56,24 @@ class RunningRun:
     drafter_id: str | None
     """Drafter of the round that it began with; None if another scheduler had that round."""
     reported_ms: float
+    pace: RunPace = ONE_TOKEN
 
 
 class VerifierRuns:
-    """The runs of one verifier. Their sums are kept, since every decision asks for them."""
+    """The runs of one verifier. Their sums are kept, since every decision asks for them.
+
+    A step with a batch computes one token of each run (`shape`), a step without one also the copies of those that copy
+    (`expected`).
+    """
 
     def __init__(self) -> None:
         self._runs: dict[str, RunningRun] = {}
         self.shape = MutableShape()
-        """Shape of a step with these runs alone. Do not change it."""
+        """Shape of the runs' part of a step with a batch. Do not change it."""
+        self._copied = 0.0
+        """Rows of copies that a step without a batch is expected to have."""
+        self._copied_context = 0.0
+        """The sum of these rows, each times the length of its session."""
         self.cache_tokens = 0
         """Tokens of the cache, in whole blocks, that their next step needs."""
 
@@ -44,6 +91,18 @@ class VerifierRuns:
         return self._runs.items()
 
     @property
+    def expected(self) -> ExpectedShape:
+        """The expected shape of a step without a batch."""
+        shape, copied = self.shape, self._copied
+        return ExpectedShape(
+            shape.jobs,
+            shape.new_tokens + copied,
+            shape.new_context + self._copied_context,
+            shape.context + copied,
+            shape.rows + copied,
+        )
+
+    @property
     def reported_ms(self) -> float:
         """Time of the latest report; 0 without runs."""
         # `set` moves a run to the end.
@@ -59,6 +118,7 @@ class VerifierRuns:
         self._runs[session_id] = run
         self.shape.add(*_job(run))
         self.cache_tokens += whole_blocks(run.length + 1)
+        self._add_copies(run, 1.0)
 
     def pop(self, session_id: str) -> RunningRun | None:
         """Remove and return a session's run; None if it has none."""
@@ -66,7 +126,16 @@ class VerifierRuns:
         if run is not None:
             self.shape.remove(*_job(run))
             self.cache_tokens -= whole_blocks(run.length + 1)
+            self._add_copies(run, -1.0)
         return run
+
+    def _add_copies(self, run: RunningRun, sign: float) -> None:
+        if not self._runs:
+            self._copied = self._copied_context = 0.0  # without what rounding has left
+            return
+        copied = run.pace.rows - 1.0
+        self._copied += sign * copied
+        self._copied_context += sign * copied * (run.length + 1)
 
     def drop_silent(self, before_ms: float) -> None:
         """Remove the runs whose last report came before this time."""
