@@ -24,7 +24,7 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.kernels.layout import BLOCK
-from shared.messages import Heartbeat, Message, Result, Sampling
+from shared.messages import Heartbeat, Message, Result, RunGrant, Sampling, Status
 from shared.models.folder import ModelFolder
 from shared.sampling.sampler import choose
 from shared.state.store import Store
@@ -58,12 +58,14 @@ class Peer:
     settings: VerifierSettings
     arithmetics: dict[str, str] = field(default_factory=dict)
     """Of the verifiers that have sent a heartbeat."""
+    leases: dict[str, int] = field(default_factory=dict)
     results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
     rounds: int = 0
 
     async def receive(self, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self.arithmetics[message.verifier] = message.arithmetic
+            self.leases[message.verifier] = message.lease
         elif isinstance(message, Result):
             self.results.put_nowait(message)
 
@@ -79,12 +81,12 @@ class Peer:
             stop.set()
             await asyncio.wait_for(serving, HANG_S)
 
-    async def verify(self, verifier: str, length: int, draft: list[int]) -> Result:
-        """Send the session's next round and return its result."""
+    async def verify(self, verifier: str, length: int, draft: list[int], run: RunGrant | None = None) -> Result:
+        """Send the session's next round and return its result. run: what the verifier may decode after it."""
         fingerprint = ModelFolder(self.settings.target).fingerprint("bfloat16")
-        job = builders.job("s", self.rounds, length, draft, fingerprint=fingerprint)
+        job = builders.job("s", self.rounds, length, draft, fingerprint=fingerprint, run=run)
         self.rounds += 1
-        batch = builders.batch(f"b{self.rounds}", job)
+        batch = builders.batch(f"b{self.rounds}", job, lease=0 if run is None else self.leases[verifier])
         await self.broker.publish(batch, topology.batch(verifier), confirmed=True)
         return await asyncio.wait_for(self.results.get(), HANG_S)
 
@@ -122,6 +124,29 @@ async def test_after_a_drain_the_next_verifier_computes_less_than_a_block(peer: 
         second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
         assert first.tokens + second.tokens == text[:8]
         assert second.new_tokens < BLOCK
+
+
+async def test_a_drain_in_the_middle_of_a_run_hands_it_over(peer: Peer, text: list[int]) -> None:
+    step_ms = 20.0
+    async with peer.verifier("v1", emulated_cost=[step_ms, 0, 0, 0, 0, 0, 0]):
+        await eventually(lambda: bool(peer.leases["v1"]))
+        first = await peer.verify("v1", len(PROMPT), [], RunGrant(tokens=400, ms=HANG_S * 1000))
+        assert first.run_left > 0
+        results = [first, await asyncio.wait_for(peer.results.get(), HANG_S)]
+    while results[-1].run_left:
+        results.append(await asyncio.wait_for(peer.results.get(), HANG_S))
+    made = [token for result in results for token in result.tokens]
+    assert results[-1].finish is None
+    assert len(made) < 300, "long before the end of its grant"
+    assert made[: len(text)] == text[: len(made)]
+    (stored,) = await peer.store.read(["s"])
+    assert stored is not None
+    assert stored.tokens == PROMPT + made
+    peer.rounds = results[-1].round + 1
+    async with peer.verifier("v2"):
+        following = await peer.verify("v2", len(PROMPT) + len(made), [])
+        assert (following.status, following.base_len) == (Status.COMMITTED, len(PROMPT) + len(made))
+        assert following.new_tokens < len(PROMPT), "the prompt's KV was handed over"
 
 
 async def test_without_handoff_the_whole_session_is_computed_again(peer: Peer, text: list[int]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import builders
@@ -25,10 +26,12 @@ from random_draft import random_draft
 from services.verifier import batches, membership, metrics
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
+from shared import cost
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
+from shared.cost.fit import VerifierFit
 from shared.engine import Engine, Step
 from shared.errors import BrokersError
 from shared.lookup import LookupText
@@ -42,6 +45,7 @@ from shared.messages import (
     HiddenFormat,
     HiddenStates,
     Job,
+    Measurement,
     Message,
     Release,
     Result,
@@ -180,7 +184,12 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
 
 @asynccontextmanager
 async def playing(
-    amqp_url: str, redis_url: str, namespace: str, model: Path, secret: str | None = None
+    amqp_url: str,
+    redis_url: str,
+    namespace: str,
+    model: Path,
+    secret: str | None = None,
+    emulated_cost: Sequence[float] = (STEP_MS, 0, 0, 0, 0, 0, 0),
 ) -> AsyncIterator[Peer]:
     """Run a verifier, with the test in place of the other services."""
     broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
@@ -207,7 +216,7 @@ async def playing(
         cache_tokens=1024,
         session_secret=None if secret is None else SecretStr(secret),
         # So that a run lasts while something happens to it.
-        emulated_cost=[STEP_MS, 0, 0, 0, 0, 0, 0],
+        emulated_cost=list(emulated_cost),
     )
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
@@ -543,6 +552,41 @@ async def test_copies_in_a_run_are_verified_and_reported(peer: Peer, monkeypatch
     assert 30 < len(copied) == len({*copied}) < 130
     assert all(at % 7 for at in copied), "a wrong copy is the step's own token"
     assert results[-1].finish is Finish.LENGTH
+
+
+async def test_the_estimator_learns_from_steps_with_runs(
+    amqp_url: str, redis_url: str, namespace: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of their steps reaches it, with the rows of copies, and it predicts such steps better afterwards."""
+    monkeypatch.setattr(LookupText, "continuation", lambda *_: ([9, 9, 9], 32))
+    slow = (100.0, 0, 0, 0, 0, 10.0, 0)
+    async with playing(amqp_url, redis_url, namespace, model, emulated_cost=slow) as peer:
+        for session in ("a", "b"):
+            await peer.open(session, max_tokens=12)
+            await peer.begin_run(session, 4, copies=8)
+        rows, ended = 0, 0
+        while ended < 2:
+            result = await peer.result()
+            rows += result.trimmed_to + (result.run_steps if result.run else 1)
+            ended += result.finish is not None
+        measured: list[Measurement] = []
+        while sum(one.shape.rows for one in measured) < rows:
+            sample = await asyncio.wait_for(peer.samples.get(), HANG_S)
+            assert isinstance(sample, Sample)
+            measured += sample.batches
+    assert sum(one.shape.rows for one in measured) == rows
+    of_runs = [one for one in measured if one.shape.new_tokens == one.shape.rows]
+    assert len(of_runs) >= 8, "the other steps have computed a prompt"
+    assert any(one.shape.rows > one.shape.jobs for one in of_runs), "copies are rows too"
+    fit = VerifierFit("v1")
+    before = fit.model()
+    for one in measured:
+        fit.add(one)
+    errors = [
+        median(abs(cost.predict_ms(made, one.shape) / one.measured_ms - 1) for one in of_runs)
+        for made in (before, fit.model())
+    ]
+    assert errors[1] < 0.5 * errors[0], "the model before knows another machine"
 
 
 async def test_a_run_beside_rounds_and_another_run(peer: Peer, text: list[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import builders
 import pytest
 
+from services.verifier import metrics
 from services.verifier.core import replies
 from services.verifier.core.acceptance import Verdict
 from services.verifier.core.replies import BatchReplies, JobReply
@@ -163,6 +164,22 @@ def test_a_forged_job_is_not_grouped_with_those_of_its_gateway() -> None:
         ["forged"],
         ["a"],
     ]
+
+
+def test_committed_tokens_are_counted_once_by_origin() -> None:
+    committed = {"new_tokens": 5, "trimmed_to": 3}
+    results = [
+        builders.result(tokens=[1, 2, 3], accepted=2, **committed),
+        builders.result(tokens=[1, 2, 3, 4], run=True, copied=[0, 2], **committed),
+        builders.result(tokens=[1, 2, 3], accepted=2),  # a repeated answer: nothing was computed for it
+        builders.result(tokens=[9], status=Status.CONFLICT, new_tokens=1),
+    ]
+    origins = ("draft", "bonus", "copy", "run")
+    before = [metrics.TOKENS.labels(origin)._value.get() for origin in origins]
+    for result in results:
+        metrics.count_tokens(result)
+    after = [metrics.TOKENS.labels(origin)._value.get() for origin in origins]
+    assert [int(b - a) for a, b in zip(before, after, strict=True)] == [2, 1, 2, 2]
 
 
 def test_a_group_is_bounded() -> None:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import builders
@@ -18,18 +17,29 @@ from memory_store import MemoryStore
 from twins import make_twin
 
 from services.verifier.core.acceptance import Verdict
+from services.verifier.core.runs import Run
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.membership import Membership
 from services.verifier.sessions import SessionTable
 from services.verifier.shared_runs import SharedRunTable
 from services.verifier.steps import ModelSteps, StepWork
+from shared.lookup import LONGEST_MATCH, LookupText
 from shared.messages import Job, RunGrant, Sampling
 from shared.state.store import Store
 from shared.twin.engine import TwinEngine
 
 LEASE = 7
 GRANT = RunGrant(tokens=8, ms=60_000.0)
+
+
+class Member:
+    """A verifier's membership in the fleet."""
+
+    lease = LEASE
+
+    def is_fenced(self, lease: int) -> bool:
+        return lease not in (0, self.lease)
 
 
 @asynccontextmanager
@@ -67,8 +77,7 @@ async def sessions(thread: EngineThread) -> SessionTable:
 
 @pytest.fixture
 def steps(thread: EngineThread, sessions: SessionTable) -> ModelSteps:
-    membership = SimpleNamespace(lease=LEASE, is_fenced=lambda lease: lease not in (0, LEASE))
-    return ModelSteps(sessions, thread, cast("Membership", membership), grammars=None, emulated=None, digests=False)
+    return ModelSteps(sessions, thread, cast("Membership", Member()), grammars=None, emulated=None, digests=False)
 
 
 async def work(sessions: SessionTable, *jobs: Job, lease: int = LEASE) -> StepWork:
@@ -108,6 +117,38 @@ async def test_a_released_run_takes_part_in_no_step_that_waits(
     assert [run.job.session for run in (await waiting).runs] == ["stays"]
 
 
+def lose_lease(steps: ModelSteps) -> None:
+    cast("Member", steps._membership).lease = LEASE + 1
+
+
+ENDS: dict[str, tuple[Callable[[ModelSteps], object], int]] = {
+    "a client that has left, or a stop string": (lambda s: s.runs.release(["run"]), 0),
+    "a hand-over": (lambda s: s.runs.release(["run"]), 0),
+    "a lost lease": (lose_lease, 0),
+    "a commit that was lost to somebody else": (lambda s: s.runs.drop(cast("Run", s.runs.get("run"))), 0),
+    "a deadline of somebody else": (lambda s: s.runs.halt(["run"]), 1),
+    "a drain": (lambda s: s.runs.close(), 1),
+    "a drafter that goes on with rounds": (lambda s: s.runs.join(builders.job("run")), 1),
+}
+"""What ends a run from outside, and the steps that it still takes part in: the last one's token is reported."""
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_whatever_ends_a_run_ends_it_within_a_step(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps, end: str
+) -> None:
+    """Also where steps wait already for the one in progress."""
+    happens, more = ENDS[end]
+    steps.ready.append(await work(sessions, builders.job("run", run=RunGrant(tokens=30, ms=60_000.0))))
+    await thread.step(steps.compute)
+    assert [run.job.session for run in (await thread.step(steps.compute)).runs] == ["run"]
+    async with held(thread):
+        waiting = [thread.step(steps.compute) for _ in range(3)]
+        happens(steps)
+    assert [len((await step).runs) for step in waiting] == [1] * more + [0] * (3 - more)
+    assert not steps.wanted
+
+
 async def test_jobs_that_were_overtaken_are_left_to_the_commit_script(
     thread: EngineThread, sessions: SessionTable, steps: ModelSteps
 ) -> None:
@@ -120,6 +161,19 @@ async def test_jobs_that_were_overtaken_are_left_to_the_commit_script(
     assert [job.session for job, _ in done.tasks] == ["fine"]
     assert [job.session for job in done.stale] == ["run", "forgotten"]
     assert [run.job.session for run in done.runs] == ["run"], "one part of a step for each session"
+
+
+async def test_runs_copy_in_steps_without_a_batch_only(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler plans a batch with one token of each run."""
+    monkeypatch.setattr(LookupText, "continuation", lambda *_: ([5, 6, 7], LONGEST_MATCH))
+    steps.ready.append(await work(sessions, builders.job("run", run=RunGrant(tokens=30, ms=60_000.0, copies=8))))
+    await thread.step(steps.compute)
+    steps.ready.append(await work(sessions, builders.job("later")))
+    beside, alone = await thread.step(steps.compute), await thread.step(steps.compute)
+    assert [(shape.jobs, shape.rows) for shape in beside.shapes] == [(2, 2)]
+    assert [(shape.jobs, shape.rows > 1) for shape in alone.shapes] == [(1, True)]
 
 
 async def test_a_batch_of_an_ended_lease_is_not_computed(

@@ -166,7 +166,7 @@ class BatchReplies:
             run_left=report.left if self._runs.get(commit.session_id) is report.run else 0,
             finish=answer.finish,
             cached=commit.cached,
-            new_tokens=len(commit.tokens),
+            new_tokens=len(commit.tokens) - len(report.copied) + report.verified,
             verify_ms=report.verify_ms,
             logits_digest=report.logits_digest,
             logprobs=as_text(commit.logprobs) if committed and answer.tokens == list(commit.tokens) else "",
