@@ -115,16 +115,30 @@ def test_recorded_drafts_keep_the_tokens_left_to_the_verifier() -> None:
     assert request.drafts[1].away_ms == pytest.approx(6.0), "from the run's last report to the scheduler"
 
 
-def request(name: str, tokens: int, run_tokens: int) -> RecordedRequest:
+def test_recorded_copies_keep_their_places_and_the_wrong_ones_their_number() -> None:
+    messages = sent()
+    at = next(i for i, (_, _, message) in enumerate(messages) if getattr(message, "round", 0) == 1)
+    fields = {"run": True, "run_left": 1, "verify_ms": 40.0, "trimmed_to": 3, "copied": [1]}
+    messages[at] = (110.0, "result.d1", recorded.result(A, 1, 4, "run", [12, 13], **fields))
+    (request,) = recorded_traffic(recorded.recording(messages)).requests
+    assert request.copied == {5}
+    assert request.wrong_copies == 1.0, "two in two steps"
+
+
+def request(name: str, tokens: int, run_tokens: int, copied: frozenset[int], wrong: float) -> RecordedRequest:
     generate = recorded.generate(name, slo=None, max_tokens=tokens, elapsed_ms=0.0)
     text = [*generate.prompt, *range(100, 100 + tokens)]
-    return RecordedRequest(generate, START_MS, text, [RecordedDraft(3, [], 0, 0.0, 5.0, "d1", run_tokens)])
+    drafts = [RecordedDraft(3, [], 0, 0.0, 5.0, "d1", run_tokens, run_copies=8)]
+    return RecordedRequest(generate, START_MS, text, drafts, copied=copied, wrong_copies=wrong)
 
 
-def virtual(*without: str, sessions: int = 4) -> Performance:
-    model = builders.cost_model("v1", [15.0, 5.0, 0.0, 0.0, 0.0, 0.0, 0.0], ratio_p90=1, ratio_p99=1)
+def virtual(
+    *without: str, sessions: int = 4, copied: frozenset[int] = frozenset(), wrong: float = 0.0, token_ms: float = 0.0
+) -> Performance:
+    coefficients = [15.0, 5.0, token_ms, 0.0, 0.0, 0.0, token_ms]
+    model = builders.cost_model("v1", coefficients, ratio_p90=1, ratio_p99=1)
     traffic = RecordedTraffic(
-        [request(f"s{i}", 40, 16) for i in range(sessions)],
+        [request(f"s{i}", 40, 16, copied, wrong) for i in range(sessions)],
         [(START_MS - 100.0, builders.heartbeat("v1", lease=1))],
         [(START_MS - 100.0, model)],
         hop_ms=2.0,
@@ -148,3 +162,22 @@ def test_steps_of_runs_in_virtual_time_follow_the_cost_model() -> None:
     alone = virtual(sessions=1)
     # Three rounds of 27 ms bring a run of 16, 16 and 5 tokens in steps of 20 ms each.
     assert alone.tpot_p50_ms == pytest.approx((37 * 20 + 2 * 27) / 39, abs=0.3)
+
+
+def test_copies_are_played_where_the_recording_has_them() -> None:
+    """Here two of three tokens are copies: a step brings three."""
+    copied = frozenset(position for position in range(3, 43) if position % 3)
+    plain, copying = virtual(sessions=1), virtual(sessions=1, copied=copied)
+    assert copying.tokens == plain.tokens == 40
+    assert plain.tpot_p50_ms is not None
+    assert copying.tpot_p50_ms is not None
+    assert copying.tpot_p50_ms < 0.5 * plain.tpot_p50_ms
+    assert virtual("copies", sessions=1, copied=copied) == plain
+
+
+def test_wrong_copies_take_their_time() -> None:
+    found = [virtual(sessions=1, wrong=wrong, token_ms=2.0).tpot_p50_ms for wrong in (0.0, 0.5)]
+    assert found[0] is not None
+    assert found[1] is not None
+    # Every other step of the 37 verifies one token more; the last step of each of three runs has no room for it.
+    assert found[1] - found[0] == pytest.approx(17 * 2.0 / 39, abs=0.1)

@@ -35,6 +35,8 @@ class RecordedDraft:
     drafter_id: str
     run_tokens: int = 0
     """Tokens that its drafter left to a run of the verifier after it."""
+    run_copies: int = 0
+    """Most tokens that a step of that run may copy."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class RecordedRequest:
     """In order of `base_len`."""
     complete: bool = True
     """True if the text came to its end; if not, the client left at this length."""
+    copied: frozenset[int] = frozenset()
+    """Positions of the tokens that runs copied."""
+    wrong_copies: float = 0.0
+    """Copies that a step of its runs verified in vain, on average."""
 
     def draft_at(self, base_len: int) -> RecordedDraft:
         """Return the recorded draft at this position, or the last one before it."""
@@ -133,7 +139,11 @@ def _request(session: RecordedSession, redacted: bool) -> RecordedRequest | str:
     drafts = _drafts(session, start_ms, text, redacted)
     if len(text) == len(generate.prompt) or not drafts:
         return "they got no token"
-    return RecordedRequest(generate, start_ms, text, drafts, session.complete)
+    reports = [report for run in session.runs for report in run.reports if report.status is Status.COMMITTED]
+    copied = frozenset(report.base_len + index for report in reports for index in report.copied)
+    wrong = sum(report.trimmed_to - len(report.copied) for report in reports)
+    steps = sum(report.run_steps for report in reports)
+    return RecordedRequest(generate, start_ms, text, drafts, session.complete, copied, wrong / max(1, steps))
 
 
 def _drafts(session: RecordedSession, start_ms: float, text: list[int], redacted: bool) -> list[RecordedDraft]:
@@ -156,6 +166,7 @@ def _drafts(session: RecordedSession, start_ms: float, text: list[int], redacted
                     away_ms,
                     verify.drafter,
                     verify.run_tokens,
+                    verify.run_copies,
                 )
             )
         run = runs.get(number)

@@ -2,16 +2,15 @@
 
 The scheduler's dispatcher, the drafter's session and stop rule, and the verifier's acceptance are the code that runs
 live. A verifier takes the time that its last recorded cost model predicts, times its recorded slowness; a drafter takes
-the recorded time. Requests arrive when they were recorded: a run does not model clients that would have sent their next
-request sooner, nor requests that would have been refused.
+the recorded time. Sessions in runs copy where they copied in the recording. Requests arrive when they were recorded. So
+clients that would have sent their next request sooner, and requests that would have been refused, are not modelled.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -23,10 +22,11 @@ from services.drafter.core.session import DraftSession
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.tools.replayer.core.performance import Performance, ServedRequest, performance
 from services.tools.replayer.core.traffic import RecordedDraft, RecordedRequest, RecordedTraffic
+from services.tools.replayer.core.virtual_verifier import NO_COPIES, StepCopies, VirtualVerifier
 from services.verifier.core.acceptance import accept
 from shared import cost
 from shared.arithmetic import distinct
-from shared.messages import SILENT_MS, Batch, CostModel, Finish, Heartbeat, Job, Result, Status, Verify
+from shared.messages import SILENT_MS, Batch, Finish, Heartbeat, Job, Result, Status, Verify
 
 HEARTBEAT_MS = 500.0
 LOAD_MS = 500.0
@@ -54,54 +54,6 @@ def what_if(traffic: RecordedTraffic, rules: SchedulingRules, plan: DraftPlan) -
     return _VirtualRun(traffic, rules, plan).run()
 
 
-class _VirtualVerifier:
-    """A verifier's cache and the time at which it is free."""
-
-    def __init__(self, heartbeat: Heartbeat, until_ms: float, model: CostModel, slowness: float) -> None:
-        self.heartbeat = heartbeat
-        self.until_ms = until_ms
-        """The last recorded heartbeat, after which the verifier is gone; infinite if it stayed."""
-        self.free_ms = 0.0
-        self.cached: OrderedDict[str, int] = OrderedDict()
-        self.runs: dict[str, int] = {}
-        """Tokens that sessions in runs may still get."""
-        self._model = model
-        self._slowness = slowness
-
-    def current_heartbeat(self) -> Heartbeat:
-        """Return the recorded heartbeat with this run's cache."""
-        residency = [{"session": session_id, "cached": tokens} for session_id, tokens in self.cached.items()]
-        free = max(0, self.heartbeat.total_tokens - sum(self.cached.values()))
-        fields = {**self.heartbeat.model_dump(), "residency": residency, "free_tokens": free}
-        return Heartbeat.model_validate(fields)
-
-    def holds(self, session_id: str) -> int:
-        return self.cached.get(session_id, 0)
-
-    def keep(self, session_id: str, tokens: int) -> None:
-        """Hold a session's KV; evict the least recently used sessions when the cache is full."""
-        self.cached[session_id] = tokens
-        self.cached.move_to_end(session_id)
-        while len(self.cached) > 1 and sum(self.cached.values()) > self.heartbeat.total_tokens:
-            self.cached.popitem(last=False)
-
-    def compute(self, jobs: Sequence[Job]) -> tuple[list[int], float]:
-        """Take a batch and a token of each run into the cache; return each job's new tokens, and the time in ms."""
-        shape = cost.EMPTY
-        new_tokens = []
-        for session_id in self.runs:
-            shape = cost.grow(shape, 1, self.holds(session_id) + 1, 1)
-            self.keep(session_id, self.holds(session_id) + 1)
-        for job in jobs:
-            held = min(self.holds(job.session), job.base_len - 1)
-            chunk = job.prefill_to is not None
-            length = job.prefill_to if job.prefill_to is not None else job.base_len + len(job.draft)
-            new_tokens.append(max(0, length - held))
-            shape = cost.grow(shape, new_tokens[-1], length, 0 if chunk else len(job.draft) + 1)
-            self.keep(job.session, max(held, length))
-        return new_tokens, cost.predict_ms(self._model, shape) * self._slowness
-
-
 @dataclass
 class _VirtualSession:
     """A session and its drafter's state."""
@@ -110,6 +62,8 @@ class _VirtualSession:
     state: DraftSession
     served: ServedRequest
     sent: Verify | None = None
+    wrong_copies: float = 0.0
+    """Wrong copies of its steps so far that no step has verified yet."""
 
 
 class _VirtualRun:
@@ -124,7 +78,7 @@ class _VirtualRun:
         self._now_ms = 0.0
         self._open = len(traffic.requests)
         self._sessions: dict[str, _VirtualSession] = {}
-        self._verifiers: dict[str, _VirtualVerifier] = {}
+        self._verifiers: dict[str, VirtualVerifier] = {}
         self._times: dict[str, RoundTimes] = {}
         self._marginal = Marginal()
         self._batch_sizes: list[int] = []
@@ -168,7 +122,7 @@ class _VirtualRun:
                 model = models.get(name, cost.FALLBACK)
                 slowness = traffic.slowness.get(name, model.ratio_p50)
                 until_ms = math.inf if alive else last_ms[name]
-                self._verifiers[name] = _VirtualVerifier(heartbeat, until_ms, model, slowness)
+                self._verifiers[name] = VirtualVerifier(heartbeat, until_ms, model, slowness)
                 # A verifier with a heartbeat soon after the start was there before it.
                 from_ms = min(at_ms, start_ms) if at_ms - start_ms < SILENT_MS else at_ms
             self._at(from_ms, partial(self._heartbeat, heartbeat))
@@ -215,8 +169,9 @@ class _VirtualRun:
             elapsed_ms = at_ms - session.served.start_ms
             acceptance = draft.acceptance[:length]
             session.sent = session.state.verify(
-                tokens, acceptance, draft.drafter_id, elapsed_ms, draft_ms, run_tokens=0 if tokens else draft.run_tokens
-            )
+                tokens, acceptance, draft.drafter_id, elapsed_ms, draft_ms,
+                run_tokens=0 if tokens else draft.run_tokens, run_copies=draft.run_copies,
+            )  # fmt: skip
             self._dispatcher.on_verify(session.sent, at_ms)
 
         self._at(now_ms + draft.away_ms - draft.draft_ms + draft_ms, arrive)
@@ -257,11 +212,11 @@ class _VirtualRun:
         if later_ms is not None:
             self._at(max(later_ms, self._now_ms), lambda _: None)
 
-    def _verify(self, verifier: _VirtualVerifier, batch: Batch) -> None:
+    def _verify(self, verifier: VirtualVerifier, batch: Batch) -> None:
         """Run a batch on its verifier, with a token of each run; its results arrive when it is done."""
         self._batch_sizes.append(len(batch.jobs))
-        in_runs = list(verifier.runs)
-        new_tokens, took_ms = verifier.compute(batch.jobs)
+        in_runs = dict.fromkeys(verifier.runs, NO_COPIES)
+        new_tokens, took_ms = verifier.compute(batch.jobs, in_runs)
         begun_ms = max(self._now_ms + self._traffic.hop_ms / 2, verifier.free_ms)
         verifier.free_ms = begun_ms + took_ms
         self._at(verifier.free_ms, partial(self._decode, verifier, in_runs, took_ms))
@@ -273,7 +228,7 @@ class _VirtualRun:
 
         self._at(verifier.free_ms + self._traffic.hop_ms / 2, done)
 
-    def _step(self, verifier: _VirtualVerifier, now_ms: float) -> None:
+    def _step(self, verifier: VirtualVerifier, now_ms: float) -> None:
         """Run a step of the runs alone, unless the verifier is busy. The end of the verifier's work calls this again.
 
         If the verifier is gone, its sessions in runs continue with a round.
@@ -283,20 +238,38 @@ class _VirtualRun:
                 del verifier.runs[session_id]
                 self._draft(self._sessions[session_id], now_ms)
         if verifier.runs and now_ms >= verifier.free_ms and now_ms <= verifier.until_ms:
-            in_runs = list(verifier.runs)
-            _, took_ms = verifier.compute([])
+            in_runs = {session_id: self._copies(verifier, session_id) for session_id in verifier.runs}
+            _, took_ms = verifier.compute([], in_runs)
             verifier.free_ms = now_ms + took_ms
             self._at(verifier.free_ms, partial(self._decode, verifier, in_runs, took_ms))
 
-    def _decode(self, verifier: _VirtualVerifier, in_runs: Sequence[str], took_ms: float, now_ms: float) -> None:
-        """Give each of these runs the token of the step that ends now, and begin the next step."""
-        for session_id in in_runs:
+    def _copies(self, verifier: VirtualVerifier, session_id: str) -> StepCopies:
+        """Return the copies of a run in a step without a batch: those of the recording at this place of the text."""
+        session = self._sessions[session_id]
+        request, base_len = session.request, len(session.state.tokens)
+        most = min(
+            verifier.most_copied.get(session_id, 0), verifier.runs[session_id] - 1, len(request.text) - base_len - 1
+        )
+        if most < 1:
+            return NO_COPIES
+        accepted = next((i for i in range(most) if base_len + i not in request.copied), most)
+        session.wrong_copies += request.wrong_copies
+        wrong = min(int(session.wrong_copies), most - accepted)
+        session.wrong_copies -= wrong
+        return StepCopies(accepted, accepted + wrong)
+
+    def _decode(
+        self, verifier: VirtualVerifier, in_runs: Mapping[str, StepCopies], took_ms: float, now_ms: float
+    ) -> None:
+        """Give each of these runs the tokens of the step that ends now, and begin the next step."""
+        for session_id, copies in in_runs.items():
             if now_ms > verifier.until_ms or session_id not in verifier.runs:
                 continue
             session = self._sessions[session_id]
             base_len, text = len(session.state.tokens), session.request.text
-            ended = base_len + 1 == len(text)
-            left = verifier.runs[session_id] = 0 if ended else verifier.runs[session_id] - 1
+            tokens = text[base_len : base_len + 1 + copies.accepted]
+            ended = base_len + len(tokens) == len(text)
+            left = verifier.runs[session_id] = 0 if ended else max(0, verifier.runs[session_id] - len(tokens))
             result = Result(
                 session=session_id,
                 round=session.state.round,
@@ -304,12 +277,14 @@ class _VirtualRun:
                 status=Status.COMMITTED,
                 verifier=verifier.heartbeat.verifier,
                 batch="run",
-                tokens=[text[base_len]],
+                tokens=tokens,
                 run=True,
+                copied=list(range(copies.accepted)),
+                trimmed_to=copies.verified,
                 run_left=left,
                 finish=Finish.STOP if ended else None,
                 cached=verifier.holds(session_id),
-                new_tokens=1,
+                new_tokens=1 + copies.verified,
                 verify_ms=took_ms,
                 committed_in=distinct([*session.state.committed_in, verifier.heartbeat.arithmetic]),
             )
@@ -334,7 +309,7 @@ class _VirtualRun:
             self._draft(session, now_ms)
 
     def _finish(
-        self, verifier: _VirtualVerifier, batch: Batch, job: Job, new: int, took_ms: float, now_ms: float
+        self, verifier: VirtualVerifier, batch: Batch, job: Job, new: int, took_ms: float, now_ms: float
     ) -> None:
         """Deliver a job's result to the scheduler and the drafter, and begin the session's next round."""
         session = self._sessions[job.session]
@@ -347,12 +322,12 @@ class _VirtualRun:
             return
         times = self._times.setdefault(sent.drafter, RoundTimes())
         times.learn_round(len(job.draft), job.queue_ms + took_ms + self._traffic.hop_ms, took_ms, job.queue_ms, new)
-        if result.run_left:
-            verifier.runs[job.session] = result.run_left
+        if result.run_left and job.run is not None:
+            verifier.runs[job.session], verifier.most_copied[job.session] = result.run_left, job.run.copies
             self._at(max(now_ms, verifier.free_ms), partial(self._step, verifier))
         self._arrived(session, result, now_ms)
 
-    def _judge(self, verifier: _VirtualVerifier, batch: Batch, job: Job, new: int, took_ms: float) -> Result:
+    def _judge(self, verifier: VirtualVerifier, batch: Batch, job: Job, new: int, took_ms: float) -> Result:
         """Return a job's result: the accepted draft tokens and the text's next token, or a chunk of prefill."""
         session = self._sessions[job.session]
         text = session.request.text
