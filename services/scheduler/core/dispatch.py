@@ -157,8 +157,7 @@ class Dispatcher:
             if pending is not None:
                 drafter_id = pending.verify.drafter
             length = result.base_len + len(result.tokens)
-            session = self.fleet.sessions.get(result.session)
-            pace = ONE_TOKEN if session is None else session.run_pace
+            pace = session.run_pace if (session := self.fleet.sessions.get(result.session)) else ONE_TOKEN
             state.runs.set(result.session, RunningRun(length, drafter_id, now_ms, pace))
         return before
 
