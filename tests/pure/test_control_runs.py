@@ -219,7 +219,7 @@ PRICES: dict[str, Callable[[int], float]] = {
 
 
 @pytest.mark.parametrize("acceptance", [0.8, 0.9, 0.95])
-def test_a_session_does_not_flap_where_the_price_moves_around_its_threshold(acceptance: float) -> None:
+def test_a_price_around_its_threshold_makes_no_session_flap(acceptance: float) -> None:
     """Between two reports a session gets some 40 tokens; it stays in its run for longer."""
     tokens, sessions = 600, 20
     speed: dict[str, float] = {}

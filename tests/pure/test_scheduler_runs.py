@@ -363,7 +363,7 @@ def test_the_pace_of_a_run_that_copies_is_learned_from_its_reports() -> None:
     assert run.pace == ONE_TOKEN, "its drafter allowed no copies this time"
 
 
-def test_a_batch_behind_a_step_with_copies_is_expected_to_begin_when_that_ends() -> None:
+def test_a_batch_behind_a_step_with_copies_begins_when_that_ends() -> None:
     begins = []
     for copied in ({}, COPIED):
         d = dispatcher()
