@@ -15,7 +15,7 @@ PACE_STEPS = 32
 
 @dataclass(frozen=True)
 class RunPace:
-    """What a step computes and brings of a run, on average: one token, or more where the run copies.
+    """The rows and tokens of a run in a step, on average: one, or more where the run copies.
 
     The average includes steps with a batch, in which no run copies.
     """
