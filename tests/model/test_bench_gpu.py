@@ -17,7 +17,7 @@ from gpu_model import FlawedDecoder
 from services.tools.bench.gpu import __main__ as bench
 from services.tools.bench.gpu import texts
 from services.tools.bench.gpu.exactness import ExactnessCheck
-from services.tools.bench.gpu.plan import KINDS, TINY_PLAN
+from services.tools.bench.gpu.plan import DEFAULT_KINDS, TINY_PLAN
 from services.tools.bench.gpu.random_models import RandomModel, configuration
 from shared.twin.files import load_target
 
@@ -34,7 +34,7 @@ def test_a_bit_that_depends_on_the_batch_is_found_in_every_way(flaw: float, diff
 def test_a_tiny_run_writes_its_tables_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     small = replace(TINY_PLAN, sessions=[1], exact_length=3, prompt=2)
-    kinds = [kind for kind in KINDS if kind != "texts"]  # they need the default model
+    kinds = [kind for kind in DEFAULT_KINDS if kind != "texts"]  # they need the default model
     bench.measure(small, kinds, 1200.0, tmp_path, {"gpu": "none (interpreter)"})
     record = json.loads((tmp_path / "gpu-tiny.json").read_text())
     assert record["facts"]["gpu"] == "none (interpreter)"

@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_split_is_refused(family: Family, monkeypatch: py
     for name, gpus, reason in (("llama", 3, "4 heads"), ("olmo2", 2, "span all heads")):
         with pytest.raises(EngineError, match=reason):
             Engine(family(name), dtype="float32", gpus=gpus)
-    with pytest.raises(EngineError, match=r"by 2 GPUs together.*no int8 weights"):
+    with pytest.raises(EngineError, match="no int8 weights"):
         Engine(family("llama"), dtype="int8", gpus=2)
 
 

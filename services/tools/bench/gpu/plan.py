@@ -77,7 +77,7 @@ class GpuPlan:
 
 TINY_PLAN: Final = GpuPlan(
     ["tiny"], ["bfloat16"], ["tiny"], 1, 2, 4, 2, 4, [2], 4, 8, 1, 1, 4, tiny=True,
-    served="tiny", point_s=(1.0, 4.0, 10.0), load=(2, 2),
+    served="tiny", point_s=(0.0, 3.0, 30.0), load=(2, 2),
 )  # fmt: skip
 
 
