@@ -60,7 +60,7 @@ def _train(run: TrainingRun, to: Path, carried: CarriedRun | None) -> bool:
     def watching(report: Callable[[T], None]) -> Callable[[T], None]:
         return report if carried is None else carried.watching(report)
 
-    if carried is not None:
+    if carried is not None and carried.found:
         with progress.step("computing the states of texts that were carried here") as step:
             step.done(f"{carried.restore():,} texts were carried here")
     with progress.step("drawing prompts") as step:

@@ -72,6 +72,11 @@ class CarriedRun:
             )
         self._looked_s = float("-inf")
 
+    @property
+    def found(self) -> bool:
+        """True if the folder has pieces."""
+        return bool(self._contents.files)
+
     def restore(self) -> int:
         """Put into the run's folder what it lacks; return the number of texts whose states were computed again.
 
