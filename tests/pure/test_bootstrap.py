@@ -44,7 +44,7 @@ def test_a_download_shows_the_bytes_that_have_arrived(pip: PipOutput, tmp_path: 
     assert pip.describe() == "found 1 of about 98, downloading torch-2.13.0: 0 MB of 190.1 MB"
     folder = tmp_path / "downloads" / "pip-unpack-x1"
     folder.mkdir()
-    (folder / wheel).write_bytes(bytes(3_000_000))
+    (folder / wheel).write_bytes(bytes(3_700_000))
     assert pip.describe() == "found 1 of about 98, downloading torch-2.13.0: 3 MB of 190.1 MB"
     pip.read("Collecting idna\n")
     pip.read("  Downloading idna-3.10-py3-none-any.whl (70 kB)\n")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from math import floor
 from pathlib import Path
 from statistics import fmean
 
@@ -312,6 +313,7 @@ def test_bounds_are_the_promised_time_over_the_work_of_a_request() -> None:
     assert found.arithmetic == pytest.approx(cycle_ms / (501 * token_ms), rel=0.02)
     assert found.memory == pytest.approx(target.kv_tokens / 450.5 * cycle_ms / 5000.0, rel=0.01)
     assert found.hidden_tokens == 114
+    assert f"hold more than {floor(min(found.memory, found.arithmetic))} devices" in found.sentences()[0], "whole ones"
     # A step may take 50 ms: that many tokens' arithmetic, of which four in five are prompts.
     assert found.chunked <= (50.0 - target.step_ms) / token_ms / 5 * cycle_ms / 5000.0
 
@@ -452,6 +454,8 @@ def test_a_sweeps_gain_is_the_capacity_against_the_best_central_arm() -> None:
     columns, rows = sweep_table([cell], ["centralized", "wisp+"])
     assert dict(zip(columns, rows[0], strict=True))["gain"] == 1.5
     assert advice(cell.results, 2).startswith("choose wisp+: 3 sessions per verifier (centralized 4, colocated 2)")
+    alone = LoadResults(window=WINDOW, aims=[0.95], points=points[2:])
+    assert advice(alone, 2).startswith("choose wisp+: 3 sessions per verifier, and"), "one arm is compared with none"
 
 
 @pytest.mark.parametrize(

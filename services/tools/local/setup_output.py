@@ -133,7 +133,7 @@ class PipOutput:
         found = f"found {len(self._found)}{known}"
         if not self._file:
             return f"{found}, {self._other or 'looking for the next'}"
-        arrived = f"{self._fetched() / MEGABYTE:.0f} MB of {self._size}" if "kB" not in self._size else self._size
+        arrived = self._size if "kB" in self._size else f"{self._fetched() // MEGABYTE} MB of {self._size}"
         return f"{found}, downloading {'-'.join(self._file.split('-')[:2])}: {arrived}"
 
     def _fetched(self) -> int:

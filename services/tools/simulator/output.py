@@ -88,8 +88,9 @@ def advice(results: LoadResults, verifiers: int) -> str:
     if not capacities[best]:
         return "no way of serving holds a single session: the SLO is too tight for this target, or the link too slow"
     others = ", ".join(f"{arm} {held}" for arm, held in capacities.items() if arm != best)
+    rivals = f" ({others})" if others else ""
     goodput = results.most_goodput(best)[1]
     return (
-        f"choose {best}: {capacities[best] / verifiers:.3g} sessions per verifier ({others}), and up to "
+        f"choose {best}: {capacities[best] / verifiers:.3g} sessions per verifier{rivals}, and up to "
         f"{goodput / verifiers:.0f} tokens/s per verifier within their SLO"
     )

@@ -49,15 +49,16 @@ class ScenarioBounds:
         return 2 * self.alone_ms / self.shortest_tpot_ms
 
     def sentences(self) -> list[str]:
-        """Return the bounds in words."""
+        """Return the bounds in words: the most whole devices, so rounded down."""
+        most = int(min(self.memory, self.arithmetic))
         return [
-            f"no policy can hold more than {min(self.memory, self.arithmetic):.0f} devices here: if every request took "
-            f"its longest promised time ({self.cycle_s:.1f} s with the pause), the KV of {self.memory:.0f} would fit, "
-            f"and the arithmetic of {self.arithmetic:.0f} ({self.prompt_ms:.0f} ms for a prompt and "
+            f"no policy can hold more than {most} devices here: if every request took "
+            f"its longest promised time ({self.cycle_s:.1f} s with the pause), the KV of {int(self.memory)} would fit, "
+            f"and the arithmetic of {int(self.arithmetic)} ({self.prompt_ms:.0f} ms for a prompt and "
             f"{self.answer_ms:.0f} for an answer, on average)",
             f"a step of one token takes {self.alone_ms:.1f} ms and hides the arithmetic of {self.hidden_tokens} "
             f"tokens; with steps of centralized serving as long as the shortest promise ({self.shortest_tpot_ms:g} ms) "
-            f"on average, {self.chunked:.0f} devices hold; a round that misses every other step has to bring "
+            f"on average, {int(self.chunked)} devices hold; a round that misses every other step has to bring "
             f"{self.tokens_per_round:.1f} tokens",
         ]
 

@@ -219,7 +219,8 @@ def notes(results: LoadResults, tolerance: float | None = None) -> list[str]:
     window = results.window
     sentences = [
         f"requests count that were due in the {window.measure_s:g} s after {window.warm_up_s:g} s of warm-up; "
-        "n is the number of sessions; goodput is tokens/s of requests that attained; TTFT and TPOT are in ms; accept "
+        "n is the number of sessions; failed requests ended in an error or had no whole answer by the end of the "
+        "drain; goodput is tokens/s of requests that attained; TTFT and TPOT are in ms; accept "
         "is the accepted share of verified draft tokens, WDT the share of drafting time past the first rejection; "
         "interf. is a round's time in its batch minus its time alone, mean and p90; late is the generator's p99 lag"
     ]
