@@ -87,13 +87,16 @@ class CarriedRun:
             with self._joined(PROMPTS) as packed, gzip.open(packed) as content, replacing(run.prompts) as unfinished:
                 unfinished.write_bytes(content.read())
         run.texts.mkdir(exist_ok=True)
-        for name in sorted(self._contents.files):
-            shard = run.texts / f"{name.removeprefix(TEXTS)}.safetensors"
-            if name.startswith(TEXTS) and not shard.is_file():
-                with self._joined(name) as packed:
-                    texts = read_tokens(packed)
-                shards.save(shard, run.with_states(texts))
-                count += len(texts)
+        found = {
+            name: run.texts / f"{name.removeprefix(TEXTS)}.safetensors"
+            for name in sorted(self._contents.files)
+            if name.startswith(TEXTS)
+        }
+        missing = {name: shard for name, shard in found.items() if not shard.is_file()}
+        computed = run.with_states(self._tokens(name) for name in missing)
+        for shard, texts in zip(missing.values(), computed, strict=True):
+            shards.save(shard, texts)
+            count += len(texts)
         if not run.checkpoint.is_file() and CHECKPOINT in self._contents.files:
             with self._joined(CHECKPOINT) as joined, replacing(run.checkpoint) as unfinished:
                 shutil.copyfile(joined, unfinished)
@@ -131,6 +134,10 @@ class CarriedRun:
             return Contents.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise SettingsError(f"{path} is damaged: copy it again, or name a new folder") from error
+
+    def _tokens(self, name: str) -> Sequence[shards.GeneratedText]:
+        with self._joined(name) as packed:
+            return read_tokens(packed)
 
     @contextmanager
     def _joined(self, name: str) -> Iterator[Path]:

@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.queues import SimpleQueue
@@ -153,20 +153,23 @@ class TrainingRun:
         )
         write_shards(texts, self.texts, f"worker{worker}", settings.shard_tokens, report, self._until_s)
 
-    def with_states(self, texts: Sequence[shards.GeneratedText]) -> list[shards.GeneratedText]:
-        """Compute the target's states of texts that have come without them."""
-        given = [
-            Assignment(
-                text.origin,
-                text.kind,
-                text.tokens[: text.prompt_len].tolist(),
-                text.temperature,
-                0,
-                text.tokens[text.prompt_len :].tolist(),
-            )
-            for text in texts
-        ]
-        return list(generate(self._answering_target(), given, frozenset(), 0))
+    def with_states(self, groups: Iterable[Sequence[shards.GeneratedText]]) -> Iterator[list[shards.GeneratedText]]:
+        """Compute the target's states of texts that have come without them; yield each group when it is computed."""
+        target: AnsweringTarget | None = None
+        for texts in groups:
+            target = target or self._answering_target()
+            given = [
+                Assignment(
+                    text.origin,
+                    text.kind,
+                    text.tokens[: text.prompt_len].tolist(),
+                    text.temperature,
+                    0,
+                    text.tokens[text.prompt_len :].tolist(),
+                )
+                for text in texts
+            ]
+            yield list(generate(target, given, frozenset(), 0))
 
     @property
     def held_out(self) -> Path:
