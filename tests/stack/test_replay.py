@@ -243,9 +243,7 @@ async def test_a_changed_token_is_the_only_difference(recorded: RecordedSuite, t
     assert found.said.startswith(f"token {wrong} (")
     assert f"the model chooses {where['right']} (" in found.said
     assert "DIFFERENT" in output
-    assert (
-        f"session {where['session']}, position {where['base_len']}, batch {where['batch']}: token {wrong} (" in output
-    )
+    assert f"session {where['session']}, position {where['base_len']}, batch {found.batch}: token {wrong} (" in output
 
 
 @pytest.mark.parametrize(

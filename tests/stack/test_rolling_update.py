@@ -129,7 +129,7 @@ async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> A
     prompts = [tokenizer.encode(question) for question in QUESTIONS]
     engine = Engine(folder.path, dtype="float32", budget_tokens=1024)
     expected = [decode(engine, prompt, sampling, set(), length=TOKENS) for prompt in prompts for sampling in SAMPLINGS]
-    env = {"WISP_DTYPE": "float32", "WISP_DRAFT_SOURCE": "lookup", "WISP_ADMISSION": "false"}
+    env = {"WISP_DTYPE": "float32", "WISP_THREADS": "1", "WISP_DRAFT_SOURCE": "lookup", "WISP_ADMISSION": "false"}
     env_of = {
         "gateway": {"WISP_DRAIN_S": str(DRAIN_S)},
         "verifier": {"WISP_PROFILE": "false", "WISP_EMULATED_COST": json.dumps([BATCH_MS, 0, 0, 0, 0, 0, 0])},
