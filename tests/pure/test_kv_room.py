@@ -23,6 +23,7 @@ from services.scheduler.core.kv_room import (
 from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.scheduler.core.pool import PendingRound
 from services.scheduler.core.verifier_runs import whole_blocks
+from shared import cost
 from shared.messages import Batch, Finish, Result, Status, Verify
 
 ROOM = 2048
@@ -369,3 +370,21 @@ def test_a_session_that_no_cache_can_hold_does_not_wait() -> None:
     served(d, 0.0)
     d.on_verify(prompt("endless", 2 * ROOM), 1.0)
     assert [[job.session for job in batch.jobs] for _, batch in d.dispatch(1.0)[0]] == [["endless"]], "to be refused"
+
+
+def test_a_session_that_has_waited_halts_runs_that_are_too_slow_for_it() -> None:
+    d = dispatcher()
+    for i in range(HOLDS):
+        d.on_verify(prompt(f"s{i}", run_tokens=32), float(i))
+    for name, batch in d.dispatch(10.0)[0]:
+        for job in batch.jobs:
+            d.on_result(finished(job.session, PROMPT, None, verifier=name, batch=batch.batch, run_left=32), 11.0)
+    state = d.fleet.verifiers["v1"]
+    alone_ms = cost.predict_ms(state.model, cost.shape_of([(1, PROMPT, 1)]))
+    d.on_verify(prompt("promised", tpot_ms=1.1 * alone_ms, slack_ms=1000.0), 12.0)
+    assert list(d.fleet.waiting) == ["promised"]
+    assert d.halts() == {}
+    d.on_cancel("s0")
+    d.dispatch(13.0)
+    assert not d.fleet.waiting
+    assert d.halts() == {"v1": [f"s{i}" for i in range(1, HOLDS)]}

@@ -234,7 +234,8 @@ class Dispatcher:
     def dispatch(self, now_ms: float) -> tuple[list[tuple[str, Batch]], float | None]:
         """Return the batches to send now, each with its verifier's id, and when to call again if nothing happens."""
         self._drop_lost(now_ms)
-        self.fleet.begin_waiting(now_ms)
+        for session in self.fleet.begin_waiting(now_ms):
+            self._halt_for(session)
         sends: list[tuple[str, Batch]] = []
         later: list[float] = []
         for state in self.fleet.verifiers.values():

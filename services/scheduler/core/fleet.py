@@ -87,19 +87,23 @@ class VerifierFleet:
         placed = session is not None and session.verifier_id is not None
         return not placed and placement.home(pending, self.verifiers.values()) is None
 
-    def begin_waiting(self, now_ms: float) -> None:
-        """Queue the rounds of the waiting sessions for which there is room now.
+    def begin_waiting(self, now_ms: float) -> list[ActiveSession]:
+        """Queue the rounds of the waiting sessions for which there is room now; return these sessions.
 
         A session that has waited for the longest time lets no others pass on the verifiers that may take it: it may be
         the longest of all.
         """
+        begun: list[ActiveSession] = []
         if not self._may_have_room or not self.waiting:
-            return
+            return begun
         self._may_have_room = False
-        while self.waiting and self._begin_one(now_ms):
+        while self.waiting and (session_id := self._begin_one(now_ms)) is not None:
             self._began += 1
+            begun.append(self.sessions[session_id])
+        return begun
 
-    def _begin_one(self, now_ms: float) -> bool:
+    def _begin_one(self, now_ms: float) -> str | None:
+        """Queue the first waiting round for which there is room; return its session's id, or None if there is none."""
         late_first = self._began % LATE_TURN == LATE_TURN - 1
         order = begin_order(self.waiting.values(), now_ms, self._max_wait_ms, late_first=late_first)
         kept: set[str] = set()
@@ -113,11 +117,11 @@ class VerifierFleet:
             begins = self._begins(pending) and not has_paused(pending, now_ms)
             if self._placed(pending, now_ms, begins=begins, kept=kept):
                 del self.waiting[pending.session_id]
-                return True
+                return pending.session_id
             if now_ms - pending.arrived_ms >= self._max_wait_ms:
                 tried[kind] = MOST_TRIED
                 kept.update(v.verifier_id for v in placement.fitting(pending, self.verifiers.values(), mix=self._mix))
-        return False
+        return None
 
     def _placed(
         self, pending: PendingRound, now_ms: float, *, begins: bool, kept: Collection[str] = frozenset()
