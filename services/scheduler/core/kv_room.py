@@ -111,10 +111,10 @@ def begin_order(
 
 
 def spared(heartbeat: Heartbeat) -> dict[str, int]:
-    """Return what each session's KV takes less because sessions share it; sessions of which nothing is shared may lack.
+    """Return, by session, the tokens of the cache that sharing saves. A session without an entry saves none.
 
     A verifier counts shared KV once. What it has in use is therefore less than the sum of its sessions; each session
-    gets its part of the difference.
+    gets its part of the difference, by its length.
     """
     held = sum(one.cached for one in heartbeat.residency)
     shared = min(held, held - (heartbeat.total_tokens - heartbeat.free_tokens))

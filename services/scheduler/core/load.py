@@ -184,10 +184,6 @@ def _verifier_figures(
 ) -> dict[str, float | None]:
     """Return the fields of `Load` that are averages over the usable verifiers."""
     round_tokens, length = max(1, round(averages.round_tokens)), round(averages.length)
-    sessions: dict[str, list[ActiveSession]] = {v.verifier_id: [] for v in usable}
-    for session in fleet.sessions.values():
-        if session.verifier_id in sessions:
-            sessions[session.verifier_id].append(session)
     fixed, own, own_of_runs, prefill, used, backlog = [], [], [], [], [], []
     shortest: list[float] = []
     for verifier in usable:
@@ -196,7 +192,7 @@ def _verifier_figures(
         own.append(added_ms(model, round_tokens, length, round_tokens))
         own_of_runs.append(added_ms(model, 1, length, 1))
         run_ms = own_of_runs[-1] if runs else None
-        needed = _needs(sessions[verifier.verifier_id], averages, fixed[-1], own[-1], run_ms)
+        needed = _needs(verifier.sessions.values(), averages, fixed[-1], own[-1], run_ms)
         batches = min((need.period_ms for need in needed), default=None)
         shortest += [batches] if batches else []
         prefill.append(prefill_ms(model))

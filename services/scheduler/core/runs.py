@@ -124,7 +124,9 @@ def granted(
     if not tokens:
         trimmed = bool(verify.draft) and not chosen.draft
         tokens = session.run_grant = unasked_tokens(session, grant_before, trimmed=trimmed, token_ms=token_ms)
-    return RunGrant(tokens=tokens, ms=LONGEST_MS, copies=verify.run_copies * session.run_copies) if tokens else None
+    if not tokens:
+        return None
+    return RunGrant(tokens=tokens, ms=LONGEST_MS, copies=verify.run_copies if session.run_copies else 0)
 
 
 def halts_unasked(session: ActiveSession, state: VerifierState, verify: Verify, now_ms: float) -> bool:

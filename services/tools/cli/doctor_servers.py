@@ -33,6 +33,7 @@ HEARTBEATS_S = 1.2
 
 
 async def check_brokers(addresses: BrokerAddresses, host: Machine) -> list[Finding]:
+    """Check the RabbitMQ and the Redis that the next stack would use."""
     chosen = broker_sources.choose_sources(addresses, host)
     if chosen.of(BrokerSource.MISSING):
         host = Machine(**{**vars(host), "container": await container_engine()})

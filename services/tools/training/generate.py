@@ -167,7 +167,7 @@ def write_shards(
 ) -> None:
     """Write texts into shards of about `shard_tokens` tokens, named after `prefix`. report: gets each text's length.
 
-    until_s: time (of `time.monotonic`) after which no more texts are taken; those that there are are written.
+    until_s: time (of `time.monotonic`) after which no more texts are taken. Those taken before are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = sum(path.name.startswith(f"{prefix}-") for path in shards.files(folder))
