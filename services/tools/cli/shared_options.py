@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 MODEL_PANEL = "Model"
+SUITE_PANEL = "Suite"
 RECORDING_PANEL = "Recording"
 MODEL_FORMS = "Packaged model's name, a model's folder, or a GGUF file."
 
@@ -19,7 +20,7 @@ NamespaceOption = Annotated[
     typer.Option(
         "--namespace",
         help="The suite's prefix. \\[env: WISP_NAMESPACE; default: the suite running here]",
-        rich_help_panel=RECORDING_PANEL,
+        rich_help_panel=SUITE_PANEL,
     ),
 ]
 AmqpUrlOption = Annotated[
@@ -27,7 +28,7 @@ AmqpUrlOption = Annotated[
     typer.Option(
         "--amqp-url",
         help="The suite's RabbitMQ. \\[env: WISP_AMQP_URL; default: the suite running here]",
-        rich_help_panel=RECORDING_PANEL,
+        rich_help_panel=SUITE_PANEL,
     ),
 ]
 RecordingFileOption = Annotated[

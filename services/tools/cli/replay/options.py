@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from services.tools.cli.shared_options import RECORDING_PANEL as RECORDING
+from services.tools.cli.shared_options import RECORDING_PANEL
 
 SHOW = "Timelines"
 VERIFY = "Compute the batches again"
@@ -16,9 +16,11 @@ INJECT = "Send the requests to another suite"
 
 Since = Annotated[
     str | None,
-    typer.Option(help="First moment: 90s, 10m or 2h ago, or 2026-11-25T14:30.", rich_help_panel=RECORDING),
+    typer.Option(help="First moment: 90s, 10m or 2h ago, or 2026-11-25T14:30.", rich_help_panel=RECORDING_PANEL),
 ]
-Until = Annotated[str | None, typer.Option(help="Last moment, in the form of --since.", rich_help_panel=RECORDING)]
+Until = Annotated[
+    str | None, typer.Option(help="Last moment, in the form of --since.", rich_help_panel=RECORDING_PANEL)
+]
 SessionArgument = Annotated[
     str | None, typer.Argument(help="A session's id or the beginning of it. \\[default: list all sessions]")
 ]
