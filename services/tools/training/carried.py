@@ -2,7 +2,8 @@
 
 Machines with a GPU are often lent for minutes, start empty, and give back small files only. A run's folder has
 gigabytes of hidden states. What is carried is the rest: prompts, the tokens of the texts, whose states the target
-computes again much faster than it generated them, and the checkpoint of the training.
+computes again much faster than it generated them, and the checkpoint of the training. The few held-out texts are
+generated again.
 
 carried.json    the files, the pieces of each, and what the run was started with
 NAME.0, ...     pieces. A new checkpoint has new names; the old pieces go when carried.json no longer names them
