@@ -98,7 +98,9 @@ class MemoryServer:
             self.deliver(queue)
 
     def close(self) -> None:
-        """End the handlers that still run."""
+        """End the handlers that still run, and start no others."""
+        for queue in self.queues.values():
+            queue.consumers.clear()
         for task in self._handling:
             task.cancel()
 
@@ -145,6 +147,7 @@ class MemoryBroker:
 
         async def end() -> None:
             kept.consumers.remove(consumer)
+            self.server.deliver(kept)
 
         return end
 
