@@ -40,7 +40,7 @@ class SlowGrammars:
 async def serving(grammars: SlowGrammars) -> tuple[Drafter, MemoryBroker, Inbox]:
     """A drafter with these grammars that takes requests; its broker, and the rounds that it sends."""
     drafting = replace(no_drafting(), grammars=grammars)  # type: ignore[arg-type]
-    options = DraftServingSettings(draft_source="none").options
+    options = DraftServingSettings(draft_source="none", min_timeout_ms=60_000).options
     broker, rounds = MemoryBroker(), Inbox()
     drafter = Drafter("d1", "default", options, drafting, cast("Broker", broker), None, None)
     await drafter.take_requests()
