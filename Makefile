@@ -43,9 +43,9 @@ serve: setup ## run the suite in the foreground; Ctrl-C stops it (PORT=8000)
 
 ## Develop
 
-# Three workers take the groups of tests (tests/groups.py) in order: the longest come first. Two cores are enough, as
-# tests also wait.
-PARALLEL = -n 3 --no-loadscope-reorder
+# Two workers take the groups of tests (tests/groups.py) in order: the longest come first. On two cores, three workers
+# take twice as long, and tests of timeouts fail.
+PARALLEL = -n 2 --no-loadscope-reorder
 
 test-fast: setup ## run the tests that need no brokers and no default model
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not big_model and not slow" --hypothesis-profile fast \
