@@ -12,6 +12,7 @@ FILES = {
             "test_chaos.py",
             "test_clients.py",
             "test_cluster.py",
+            "test_kv_memory.py",
             "test_no_drafter.py",
             "test_ordinary_use.py",
             "test_replay.py",
