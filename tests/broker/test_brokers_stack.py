@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import aio_pika
 import pytest
@@ -57,6 +58,19 @@ async def test_processes_start_have_names_and_stop(brokers: Brokers) -> None:
         running = stack.processes()
     assert not any(process.alive for process in running)
     assert not stack.folder.exists()
+
+
+async def test_a_process_that_ends_before_it_is_ready_is_replaced(brokers: Brokers, tmp_path: Path) -> None:
+    flag = tmp_path / "second"
+    once = ("sh", "-c", 'if [ -e "$0" ]; then exec "$@"; else touch "$0"; echo away; exit 3; fi', str(flag))
+    async with light(brokers) as stack:
+        with pytest.raises(ServiceFailed, match=r"(?s)scheduler-2 ended with status 3 before it was ready.*away"):
+            await stack.start("scheduler", under=once)
+        flag.unlink()
+        (third,) = await stack.start("scheduler", under=once, tries=2)
+        assert third.name == "scheduler-4"
+        assert [process.name for process in stack.processes("scheduler")] == ["scheduler-1", "scheduler-4"]
+        await stack.watch(asyncio.sleep(0))
 
 
 async def test_a_service_that_dies_is_reported_with_the_end_of_its_log(brokers: Brokers) -> None:

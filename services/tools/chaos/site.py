@@ -27,6 +27,8 @@ COUNTS = {"scheduler": 2, "estimator": 2, "verifier": 2, "drafter": 2, "gateway"
 LINKED = ("drafter", "verifier")
 """Services whose processes each reach RabbitMQ through a relay of their own."""
 CONTROL_S = 120.0
+STARTS = 5
+"""Starts of a process, of which all but one may end because a broker is away for longer than a service waits."""
 MOST_APART_S = 10**7
 """Largest offset of a process's monotonic clock: the clocks of two hosts differ by their uptimes."""
 
@@ -98,7 +100,7 @@ class ChaosSite:
         under: tuple[str, ...] = ()
         if self._clocks is not None:
             under = ("unshare", "--time", "--monotonic", str(self._clocks.randrange(MOST_APART_S)))
-        (process,) = await self.stack.start(service, 1, env, under)
+        (process,) = await self.stack.start(service, 1, env, under, STARTS)
         if relay is not None:
             self.links[process.pid] = relay
         if service != "gateway":

@@ -208,15 +208,34 @@ class Stack:
         return self._services.running(service)
 
     async def start(
-        self, service: str, count: int = 1, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+        self,
+        service: str,
+        count: int = 1,
+        env: Mapping[str, str] | None = None,
+        under: Sequence[str] = (),
+        tries: int = 1,
     ) -> list[Process]:
         """Start `count` more processes of a service; return when they are ready.
 
-        env: variables for these processes only. under: a command line that runs the service's command.
+        env: variables for these processes only. under: a command line that runs the service's command. tries: a process
+        that ends before it is ready is replaced until so many have ended, as Kubernetes does while a broker is away.
+
+        Raises ServiceFailed.
         """
-        started = [await self._services.start(service, env or {}, under) for _ in range(count)]
-        await asyncio.gather(*(self._until_ready(service, process) for process in started))
-        return started
+        return list(await asyncio.gather(*(self._start_one(service, env or {}, under, tries) for _ in range(count))))
+
+    async def _start_one(self, service: str, env: Mapping[str, str], under: Sequence[str], tries: int) -> Process:
+        while True:
+            process = await self._services.launch(service, env, under)
+            tries -= 1
+            try:
+                await self._until_ready(service, process)
+            except ServiceFailed:
+                if process.alive or not tries:
+                    raise
+            else:
+                self._services.observe(process)
+                return process
 
     async def stop(
         self, process: Process, number: signal.Signals = signal.SIGTERM, grace_s: float = STOP_GRACE_S
