@@ -42,6 +42,10 @@ async def nodes(tmp_path: Path) -> AsyncIterator[list[BrokerServer]]:
         yield running
 
 
+FAILURE_THRESHOLD = 3
+"""Failures in a row after which the manifests' liveness probes restart a process: Kubernetes' default."""
+
+
 async def until(holds: Callable[[], Coroutine[Any, Any, bool]]) -> None:
     """Wait until a condition holds."""
     async with asyncio.timeout(HANG_S):
@@ -78,8 +82,13 @@ async def test_it_is_reported_and_waited_for(nodes: list[BrokerServer], redis_ur
         assert "on a node that does not run" in (await health.ready())["rabbitmq"]
         assert await health.live() == {}, "no restart of this process starts the node"
 
+        failures = 0
+
         async def is_restored() -> bool:
-            assert await health.live() == {}
+            nonlocal failures
+            # One answer may take longer than a second on a busy machine. Kubernetes restarts after several failures.
+            failures = failures + 1 if await health.live() else 0
+            assert failures < FAILURE_THRESHOLD
             try:
                 await broker.liveness.prove(OWN)
             except BrokersError:

@@ -43,27 +43,62 @@ from services.tools.local.folder import state_folder
 from shared.errors import EngineError
 
 STEP_COLUMNS = ["step", "outcome", "seconds", "rows", "reason"]
+STEPS_PANEL = "Steps"
+MODELS_PANEL = "Models"
+SIZES_PANEL = "Sizes of a step"
+RESULTS_PANEL = "Results"
 
 
 def main(
-    models: Annotated[str, typer.Option(help="Shapes of models: smollm2-135m, qwen3-8b.")] = ",".join(MODELS),
-    formats: Annotated[str, typer.Option(help="Formats of weights for exactness.")] = ",".join(FORMS),
+    models: Annotated[
+        str, typer.Option(help="Shapes of models: smollm2-135m, qwen3-8b.", rich_help_panel=MODELS_PANEL)
+    ] = ",".join(MODELS),
+    formats: Annotated[
+        str, typer.Option(help="Formats of weights for exactness.", rich_help_panel=MODELS_PANEL)
+    ] = ",".join(FORMS),
     steps: Annotated[
-        str, typer.Option(help=f"Kinds of steps: some of {', '.join(KINDS)}. suite needs RabbitMQ and Redis.")
+        str,
+        typer.Option(
+            help=f"Kinds of steps: some of {', '.join(KINDS)}. suite needs RabbitMQ and Redis.",
+            rich_help_panel=STEPS_PANEL,
+        ),
     ] = ",".join(DEFAULT_KINDS),
     calibrated: Annotated[
-        str, typer.Option(help="Shapes to calibrate: those of --models, and qwen3-32b where the memory allows.")
+        str,
+        typer.Option(
+            help="Shapes to calibrate: those of --models, and qwen3-32b where the memory allows.",
+            rich_help_panel=MODELS_PANEL,
+        ),
     ] = "smollm2-135m,qwen3-8b,qwen3-32b",
-    layers: Annotated[int, typer.Option(min=1, help="Most layers of a model, for speeds too.")] = 8,
-    positions: Annotated[int, typer.Option(min=8, help="Positions for exactness, in each way.")] = 2000,
-    texts: Annotated[int, typer.Option(min=1, help="Texts to compare under load and alone.")] = 20,
-    sessions: Annotated[str, typer.Option(help="Sessions of a step.")] = "1,8,32,128,256",
-    context: Annotated[int, typer.Option(min=16, help="Held tokens of each session.")] = 512,
-    repetitions: Annotated[int, typer.Option(min=1, help="Steps of each measurement.")] = 10,
-    arms: Annotated[str, typer.Option(help="Ways of serving of the step suite.")] = ",".join(ARMS),
-    minutes: Annotated[float, typer.Option(min=0.5, help="Time of all steps together.")] = 7.7,
-    to: Annotated[Path | None, typer.Option("--out", help="Folder of results. \\[default: .wisp/results]")] = None,
-    tiny: Annotated[bool, typer.Option(help="Try everything on the CPU, in Triton's interpreter.")] = False,
+    layers: Annotated[
+        int, typer.Option(min=1, help="Most layers of a model, for speeds too.", rich_help_panel=MODELS_PANEL)
+    ] = 8,
+    positions: Annotated[
+        int, typer.Option(min=8, help="Positions for exactness, in each way.", rich_help_panel=SIZES_PANEL)
+    ] = 2000,
+    texts: Annotated[
+        int, typer.Option(min=1, help="Texts to compare under load and alone.", rich_help_panel=SIZES_PANEL)
+    ] = 20,
+    sessions: Annotated[str, typer.Option(help="Sessions of a step.", rich_help_panel=SIZES_PANEL)] = "1,8,32,128,256",
+    context: Annotated[
+        int, typer.Option(min=16, help="Held tokens of each session.", rich_help_panel=SIZES_PANEL)
+    ] = 512,
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="Steps of each measurement.", rich_help_panel=SIZES_PANEL)
+    ] = 10,
+    arms: Annotated[
+        str, typer.Option(help="Ways of serving of the step suite.", rich_help_panel=STEPS_PANEL)
+    ] = ",".join(ARMS),
+    minutes: Annotated[
+        float, typer.Option(min=0.5, help="Time of all steps together.", rich_help_panel=STEPS_PANEL)
+    ] = 7.7,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of results. \\[default: .wisp/results]", rich_help_panel=RESULTS_PANEL),
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option(help="Try everything on the CPU, in Triton's interpreter.", rich_help_panel=STEPS_PANEL)
+    ] = False,
 ) -> None:
     """Measure the kernels for GPUs: the same bits in every batch, the time of a step, and cost models."""
     with errors_shown():
