@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import builders
 import pytest
@@ -182,10 +182,8 @@ class WatchedBatch(BatchBuilder):
         super().release_reserved()
         self.reserved = None
 
-    def take_round(
-        self, queued: QueuedRound, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False
-    ) -> bool:
-        if not super().take_round(queued, draft, reason, limit_ms=limit_ms, forced=forced):
+    def take_round(self, queued: QueuedRound, draft: int, reason: str, **options: Any) -> bool:
+        if not super().take_round(queued, draft, reason, **options):
             return False
         shape = shape_of(self.chosen)
         if (other := self.reserved) is not None and other is not queued:
@@ -397,6 +395,23 @@ def test_wisp_plus_takes_prompts_by_deadline_where_no_block_fits() -> None:
     made = plan("wisp+", [long, soon], verifier(), limits)
     assert made.predicted_ms > limits.max_batch_ms
     assert [(chosen.session_id, chosen.prefill_to) for chosen in made.chosen] == [("soon", BLOCK)]
+
+
+SLOW = builders.cost_model("v", [200.0, 2.0, 15.0, 0.0, 0.0, 0.4, 15.0], knee=8)
+"""A large model on a CPU: the last part of a prompt takes longer than the longest step."""
+
+
+def test_the_last_part_of_a_prompt_goes_before_prompts_that_came_later() -> None:
+    rest = pending("rest", arrived=NOW - 3000, due=NOW - 1000, base=BLOCK + 40)
+    crowd = [pending(f"s{i}", arrived=NOW - 2900 + i, due=NOW - 900 + i, base=150) for i in range(8)]
+    assert names(plan("wisp+", [rest, *crowd], verifier({"rest": BLOCK}, model=SLOW))) == ["rest"]
+
+
+def test_the_last_part_of_a_prompt_waits_for_prompts_that_came_earlier() -> None:
+    rest = pending("rest", arrived=NOW - 2800, due=NOW - 800, base=BLOCK + 40)
+    crowd = [pending(f"s{i}", arrived=NOW - 2900 + i, due=NOW - 900 + i, base=150) for i in range(8)]
+    made = plan("wisp+", [rest, *crowd], verifier({"rest": BLOCK}, model=SLOW))
+    assert [(chosen.session_id, chosen.prefill_to) for chosen in made.chosen] == [("s0", BLOCK)]
 
 
 def test_wisp_plus_leaves_time_for_returning_sessions() -> None:

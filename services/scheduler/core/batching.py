@@ -157,20 +157,39 @@ class BatchBuilder:
         kept = (slack_ms for due in due_ms if (slack_ms := self.slack_ms(due)) >= least_ms)
         self.limit_ms = min(self.limit_ms, min(kept, default=inf))
 
+    def has_time_beside(self, prompt: QueuedRound, queued: QueuedRound, draft: int) -> bool:
+        """Return whether a round with `draft` tokens of its draft fits the batch's time beside a block of a prompt."""
+        if (block := prompt.next_block) is None:
+            return True
+        job = (block - prompt.held, block, 0)
+        self._shape.add(*job)
+        grown_ms = self._grown_ms(_whole(queued, draft))
+        self._shape.remove(*job)
+        return grown_ms <= self.limit_ms
+
     def take_round(
-        self, queued: QueuedRound, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False
+        self,
+        queued: QueuedRound,
+        draft: int,
+        reason: str,
+        *,
+        limit_ms: float | None = None,
+        overtime: bool = False,
+        forced: bool = False,
     ) -> bool:
         """Add a whole round with the first `draft` tokens of its draft if it fits; return whether it was added.
 
         If the round is on time, its due time limits what is added later. The room reserved for it is released with it.
-        limit_ms: a tighter time limit for this round. forced: add it whatever the limits are.
+        limit_ms: a tighter time limit for this round. overtime: add it whatever the time limit is. forced: add it
+        whatever the limits are.
         """
-        job = (queued.base + draft, queued.pending.verify.base_len + draft, draft + 1)
+        job = _whole(queued, draft)
         reserved = self._release(queued.session_id)
         grown_ms = self._grown_ms(job)
         limit_ms = self.limit_ms if limit_ms is None else min(limit_ms, self.limit_ms)
         if not forced and not (
-            self._has_room(queued, job[0], queued.pending.length_after) and self._has_time(queued, grown_ms, limit_ms)
+            self._has_room(queued, job[0], queued.pending.length_after)
+            and (overtime or self._has_time(queued, grown_ms, limit_ms))
         ):
             if reserved:
                 self.reserve(queued, reserved)
@@ -358,3 +377,8 @@ class BatchBuilder:
         self._taken.add(chosen.session_id)
         self._missed.pop(chosen.session_id, None)
         self.chosen.append(chosen)
+
+
+def _whole(queued: QueuedRound, draft: int) -> tuple[int, int, int]:
+    """Return the job of a whole round with the first `draft` tokens of its draft: tokens, length after it, rows."""
+    return queued.base + draft, queued.pending.verify.base_len + draft, draft + 1

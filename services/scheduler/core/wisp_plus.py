@@ -61,7 +61,7 @@ class WispPlus(BatchPolicy):
         else:
             urgent = urgent_prompts(now.verifier, queue, now.start_ms, now.horizon_ms)
             if urgent.rounds:
-                batch.reserve_block(urgent.rounds[0])
+                self._reserve_block(batch, urgent.rounds[0], queue, now)
             self._take_rounds(TokenFill(batch, now, self._certain), queue, now, urgent.needed_ms)
             self._take_prompts(batch, queue, now, {queued.session_id for queued in urgent.rounds})
         for chosen in batch.chosen:
@@ -126,6 +126,20 @@ class WispPlus(BatchPolicy):
         if left > 0 and len(pace.rounds) > pace.starved:
             batch.reserve(pace.rounds[pace.starved], left)
 
+    def _reserve_block(self, batch: BatchBuilder, prompt: QueuedRound, queue: RoundQueue, now: Situation) -> None:
+        """Reserve room for the next block of a prompt, unless a round with an earlier deadline has none beside it.
+
+        Where a token takes long, a block fills the longest step. The last part of a prompt, which is a round, takes
+        nearly as long, and would else wait until all prompts that arrive are computed.
+        """
+        first = next(urgent_rounds(queue, now, "rounds"), None)
+        if (
+            first is None
+            or first.deadline_ms > prompt.deadline_ms
+            or batch.has_time_beside(prompt, first, self._certain(first))
+        ):
+            batch.reserve_block(prompt)
+
     def _certain(self, queued: QueuedRound) -> int:
         """Return the draft tokens that are added together with a round."""
         return 0 if self.plays("trimming") else queued.pending.draft_length
@@ -136,7 +150,7 @@ class WispPlus(BatchPolicy):
         batch = fill_up.batch
         urgent = urgent_rounds(queue, now, kind)
         if (first := next(urgent, None)) is not None:
-            fill_up.take_round(first)
+            fill_up.take_round(first, overtime=not batch.reserved_tokens)
         # Only now, or runs that are due with every step would keep the first urgent round waiting for ever.
         batch.keep_on_time(now.runs_due_ms, prompts_ms)
         for queued in urgent:
@@ -198,9 +212,10 @@ class TokenFill:
         self.missed = 0
         """Rounds that did not fit."""
 
-    def take_round(self, queued: QueuedRound) -> None:
-        """Add a round if it fits."""
-        if self.batch.take_round(queued, self._certain(queued), slo_reason(queued, self._now)):
+    def take_round(self, queued: QueuedRound, *, overtime: bool = False) -> None:
+        """Add a round if it fits. overtime: its time need not fit."""
+        reason = slo_reason(queued, self._now)
+        if self.batch.take_round(queued, self._certain(queued), reason, overtime=overtime):
             chosen = self.batch.chosen[-1]
             self._value += chosen.value
             self._offer(chosen)
