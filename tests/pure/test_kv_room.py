@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import builders
@@ -18,11 +20,11 @@ from services.scheduler.core.kv_room import (
     LONGEST_PAUSE_MS,
     QUIET_MS,
     RECOUNT_MS,
-    begin_order,
 )
 from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.scheduler.core.pool import PendingRound
 from services.scheduler.core.verifier_runs import whole_blocks
+from services.scheduler.core.waiting import WaitingSessions, kind_of
 from shared import cost
 from shared.messages import Batch, Finish, Result, Status, Verify
 
@@ -177,21 +179,83 @@ def pending(name: str, arrived_ms: float, due_ms: float | None, round_: int = 0)
     return PendingRound(builders.verify(name, round_), arrived_ms, due_ms)
 
 
+def waiting_sessions(rounds: Iterable[PendingRound]) -> WaitingSessions:
+    waiting = WaitingSessions(MAX_WAIT_MS)
+    for one in rounds:
+        waiting.add(one)
+    return waiting
+
+
 def test_late_sessions_come_last_except_in_their_turn() -> None:
-    waiting = [
-        pending("late-2", 20.0, 90.0),
-        pending("late-1", 10.0, 95.0),
-        pending("soon", 60.0, 120.0),
-        pending("any", 50.0, None),
-        pending("later", 30.0, 2000.0),
-        pending("begun", 99.0, 50.0, round_=3),
-    ]
+    waiting = waiting_sessions(
+        [
+            pending("late-2", 20.0, 90.0),
+            pending("late-1", 10.0, 95.0),
+            pending("soon", 60.0, 120.0),
+            pending("any", 50.0, None),
+            pending("later", 30.0, 2000.0),
+            pending("begun", 99.0, 50.0, round_=3),
+        ]
+    )
 
     def order(late_first: bool) -> list[str]:
-        return [p.session_id for p in begin_order(waiting, 100.0, MAX_WAIT_MS, late_first=late_first)]
+        return [p.session_id for p in waiting.order(100.0, late_first=late_first)]
 
     assert order(False) == ["begun", "soon", "later", "any", "late-1", "late-2"]
     assert order(True) == ["begun", "late-1", "soon", "later", "any", "late-2"]
+
+
+def sorted_order(waiting: Iterable[PendingRound], now_ms: float, *, late_first: bool) -> list[str]:
+    """The order by its definition: all rounds are sorted."""
+
+    def is_late(one: PendingRound) -> bool:
+        return one.verify.round == 0 and one.due_ms is not None and one.due_ms < now_ms
+
+    def by_arrival(rounds: Iterable[PendingRound]) -> list[PendingRound]:
+        return sorted(rounds, key=lambda one: (one.arrived_ms, one.session_id))
+
+    rounds = list(waiting)
+    begun = by_arrival(one for one in rounds if one.verify.round > 0)
+    late = by_arrival(filter(is_late, rounds))
+    timely = [one for one in rounds if one.verify.round == 0 and not is_late(one)]
+    timely.sort(key=lambda one: (one.deadline_ms(MAX_WAIT_MS), one.session_id))
+    turn = late[:1] if late_first else []
+    return [one.session_id for one in [*begun, *turn, *timely, *late[len(turn) :]]]
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 60))
+def test_waiting_sessions_keep_their_order_as_they_come_and_go(draw: random.Random, changes: int) -> None:
+    waiting = WaitingSessions(MAX_WAIT_MS)
+    held: dict[str, PendingRound] = {}
+    now = 0.0
+    for number in range(changes):
+        now += draw.choice([0.0, 1.0, 40.0, 4000.0])
+        if held and draw.random() < 0.4:
+            name = draw.choice(sorted(held))
+            assert waiting.remove(name) is held.pop(name)
+            assert waiting.remove(name) is None
+        else:
+            name = f"{draw.randrange(10)}-{number}"
+            due = draw.choice([None, now - 5.0, now, now + draw.choice([1.0, 50.0, 5000.0])])
+            kind = draw.choice(["f", "g"])
+            round_ = draw.choice([0, 0, 0, 2])
+            held[name] = PendingRound(builders.verify(name, round_, fingerprint=kind), now, due)
+            waiting.add(held[name])
+        late_first = draw.random() < 0.5
+        assert dict(waiting) == held
+        expected = sorted_order(held.values(), now, late_first=late_first)
+        assert [one.session_id for one in waiting.order(now, late_first=late_first)] == expected
+        # As a decision does: it gives up a kind after two rounds of it.
+        tried = Counter[str]()
+        without: set[tuple[str, ...]] = set()
+        seen = []
+        for one in waiting.order(now, late_first=late_first, without=without):
+            seen.append(one.session_id)
+            tried[one.verify.fingerprint] += 1
+            if tried[one.verify.fingerprint] == 2:
+                without.add(kind_of(one))
+        firsts = {kind: [s for s in expected if held[s].verify.fingerprint == kind][:2] for kind in ("f", "g")}
+        assert seen == [s for s in expected if s in firsts["f"] or s in firsts["g"]]
 
 
 def test_every_fourth_session_that_begins_is_a_late_one() -> None:

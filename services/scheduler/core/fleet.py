@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 from services.scheduler.core import placement
-from services.scheduler.core.kv_room import LATE_TURN, KvRoom, begin_order, has_paused, spared
+from services.scheduler.core.kv_room import LATE_TURN, KvRoom, has_paused, spared
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, queued_round
+from services.scheduler.core.waiting import Kind, WaitingSessions, kind_of
 from shared import cost
 from shared.messages import CostModel, Heartbeat
 
@@ -35,7 +36,7 @@ class VerifierFleet:
         self.verifiers: dict[str, VerifierState] = {}
         self.queues: dict[str, RoundQueue] = {}
         self.unplaced: dict[str, PendingRound] = {}
-        self.waiting: dict[str, PendingRound] = {}
+        self.waiting = WaitingSessions(max_wait_ms)
         """First rounds of sessions that wait for room in a verifier's cache."""
         self.sessions: dict[str, ActiveSession] = {}
         self.prompt_rate = 0.0
@@ -76,10 +77,10 @@ class VerifierFleet:
         begins = self._hold_back and self._begins(pending)
         if begins and self.waiting:
             # Not before those that wait already.
-            self.waiting[pending.session_id] = pending
+            self.waiting.add(pending)
             self._may_have_room = True
         elif not self._placed(pending, now_ms, begins=begins):
-            self.waiting[pending.session_id] = pending
+            self.waiting.add(pending)
 
     def _begins(self, pending: PendingRound) -> bool:
         """Return whether no verifier works on a round's session yet, and none has KV of it."""
@@ -105,21 +106,21 @@ class VerifierFleet:
     def _begin_one(self, now_ms: float) -> str | None:
         """Queue the first waiting round for which there is room; return its session's id, or None if there is none."""
         late_first = self._began % LATE_TURN == LATE_TURN - 1
-        order = begin_order(self.waiting.values(), now_ms, self._max_wait_ms, late_first=late_first)
         kept: set[str] = set()
-        tried: Counter[tuple[str, ...]] = Counter()
-        for pending in order:
-            # Sessions of another model or arithmetic may have room on other verifiers.
-            kind = (pending.verify.fingerprint, *pending.verify.committed_in)
-            if tried[kind] == MOST_TRIED:
-                continue
+        tried: Counter[Kind] = Counter()
+        # Sessions of another model or arithmetic may have room on other verifiers.
+        without: set[Kind] = set()
+        for pending in self.waiting.order(now_ms, late_first=late_first, without=without):
+            kind = kind_of(pending)
             tried[kind] += 1
             begins = self._begins(pending) and not has_paused(pending, now_ms)
             if self._placed(pending, now_ms, begins=begins, kept=kept):
-                del self.waiting[pending.session_id]
+                self.waiting.remove(pending.session_id)
                 return pending.session_id
+            if tried[kind] == MOST_TRIED:
+                without.add(kind)
             if now_ms - pending.arrived_ms >= self._max_wait_ms:
-                tried[kind] = MOST_TRIED
+                without.add(kind)
                 kept.update(v.verifier_id for v in placement.fitting(pending, self.verifiers.values(), mix=self._mix))
         return None
 
@@ -134,6 +135,11 @@ class VerifierFleet:
         def has_room(verifier: VerifierState) -> bool:
             return verifier.verifier_id not in kept and self._room.fits(pending, verifier, now_ms)
 
+        if begins:
+            able = placement.fitting(pending, self.verifiers.values(), mix=self._mix)
+            # A session that no cache is large enough for need not wait.
+            if any(v.heartbeat.total_tokens >= pending.length_after for v in able) and not any(map(has_room, able)):
+                return False
         state = placement.place(
             pending,
             self.verifiers.values(),
@@ -144,8 +150,6 @@ class VerifierFleet:
             prompt_rate=self.prompt_rate,
             has_room=has_room if begins else None,
         )
-        if begins and state is not None and not has_room(state) and self._can_be_held(pending):
-            return False
         self._assign(pending.session_id, state)
         if state is None:
             self.unplaced[pending.session_id] = pending
@@ -154,16 +158,10 @@ class VerifierFleet:
             self.queues[state.verifier_id].add(queued_round(state.model, pending, held, self._max_wait_ms))
         return True
 
-    def _can_be_held(self, pending: PendingRound) -> bool:
-        """Return whether the cache of a verifier is large enough for a round's session: it need not wait otherwise."""
-        able = placement.fitting(pending, self.verifiers.values(), mix=self._mix)
-        return any(v.heartbeat.total_tokens >= pending.length_after for v in able)
-
     def remove(self, session_id: str) -> PendingRound | None:
         """Remove and return a session's pending round; None if it has none."""
-        for places in (self.unplaced, self.waiting):
-            if (pending := places.pop(session_id, None)) is not None:
-                return pending
+        if (pending := self.unplaced.pop(session_id, None) or self.waiting.remove(session_id)) is not None:
+            return pending
         for queue in self.queues.values():
             if (queued := queue.remove(session_id)) is not None:
                 return queued.pending

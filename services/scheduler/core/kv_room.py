@@ -1,4 +1,4 @@
-"""Room in the verifiers' KV caches: whether a session may begin, and which of those that wait begins first.
+"""Room in the verifiers' KV caches: whether a session may begin. `waiting` has those that wait.
 
 A verifier whose cache is full evicts the KV of sessions whose drafts are still under way. Each of them is computed
 again with its next round, which evicts another: with too many sessions a verifier computes little else. A session
@@ -8,7 +8,7 @@ therefore begins only where the KV of all sessions fits, and the others wait bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
@@ -85,29 +85,6 @@ class _Count:
     """By session."""
     total: int = 0
     counted_ms: float = -math.inf
-
-
-def begin_order(
-    waiting: Iterable[PendingRound], now_ms: float, max_wait_ms: float, *, late_first: bool
-) -> list[PendingRound]:
-    """Return the rounds that wait for room in the order in which their sessions should begin.
-
-    First those that have begun before and lost their verifier, then by deadline. Sessions that are late already come
-    last, in order of arrival, since they would only make others late; with `late_first` one of them comes before those
-    that are in time.
-    max_wait_ms: see `PendingRound.deadline_ms`.
-    """
-    begun: list[PendingRound] = []
-    timely: list[PendingRound] = []
-    late: list[PendingRound] = []
-    for pending in waiting:
-        is_late = pending.due_ms is not None and pending.due_ms < now_ms
-        (begun if pending.verify.round > 0 else late if is_late else timely).append(pending)
-    timely.sort(key=lambda pending: (pending.deadline_ms(max_wait_ms), pending.session_id))
-    for line in (begun, late):
-        line.sort(key=lambda pending: (pending.arrived_ms, pending.session_id))
-    turn, late = (late[:1], late[1:]) if late_first else ([], late)
-    return [*begun, *turn, *timely, *late]
 
 
 def spared(heartbeat: Heartbeat) -> dict[str, int]:
