@@ -399,6 +399,38 @@ def test_a_beginning_that_sessions_share_takes_room_once() -> None:
     assert served(d, now_ms) == [], "nothing is shared"
 
 
+def unknown_to(d: Dispatcher, lengths: dict[str, int], now_ms: float) -> None:
+    """A heartbeat of v1 with these sessions in its cache."""
+    free = ROOM - sum(map(whole_blocks, lengths.values()))
+    d.on_heartbeat(builders.heartbeat("v1", lengths, total_tokens=ROOM, free_tokens=free), now_ms)
+
+
+def test_sessions_of_a_scheduler_that_stopped_keep_their_room() -> None:
+    d = dispatcher(verifiers=0)
+    lengths = {f"old-{i}": PROMPT for i in range(HOLDS - 1)}
+    unknown_to(d, lengths, 0.0)
+    for i in range(3):
+        d.on_verify(prompt(f"new-{i}"), 1.0)
+    assert served(d, 2.0) == ["new-0"]
+    for name in lengths:
+        d.on_verify(builders.verify(name, 5, PROMPT + 1, []), 3.0)
+    assert sorted(served(d, RECOUNT_MS + 4)) == sorted(lengths), "they count once"
+    d.on_cancel("old-0")
+    d.dispatch(RECOUNT_MS + 5)
+    assert list(d.fleet.waiting) == ["new-2"]
+
+
+def test_a_standby_knows_which_unknown_sessions_are_at_work() -> None:
+    d = dispatcher(verifiers=0)
+    lengths = {f"old-{i}": PROMPT for i in range(HOLDS)}
+    unknown_to(d, lengths, 0.0)
+    later = QUIET_MS + 1
+    unknown_to(d, lengths | {"old-0": PROMPT + 3, "ended": PROMPT}, later)
+    for i in range(HOLDS + 1):
+        d.on_verify(prompt(f"new-{i}"), later)
+    assert len(served(d, later)) == HOLDS - 1, "only the session that has grown counts"
+
+
 def test_a_prompt_of_a_session_that_has_ended_does_not_wait() -> None:
     d = dispatcher(verifiers=2)
     for i in range(2 * HOLDS):

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 from services.scheduler.core import placement
-from services.scheduler.core.kv_room import LATE_TURN, KvRoom, has_paused, spared
+from services.scheduler.core.kv_room import LATE_TURN, KvRoom, has_paused, spared, unknown_sessions
 from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, queued_round
 from services.scheduler.core.waiting import Kind, WaitingSessions, kind_of
@@ -174,6 +174,7 @@ class VerifierFleet:
         changed = state is not None and state.heartbeat.arithmetic != heartbeat.arithmetic
         joins = not heartbeat.draining and (state is None or not state.usable or changed)
         leaves = state is not None and state.usable and (heartbeat.draining or changed)
+        unknown_before = None if state is None else state.unknown_sessions
         if state is None:
             model = self._models.get(verifier_id, cost.FALLBACK)
             state = VerifierState(heartbeat, now_ms, model, idle_since_ms=now_ms)
@@ -183,7 +184,7 @@ class VerifierFleet:
         state.heartbeat, state.seen_ms = heartbeat, now_ms
         before, state.cached = state.cached, {held.session: held.cached for held in heartbeat.residency}
         state.spared = spared(heartbeat)
-        state.unknown_sessions = sum(1 for session_id in state.cached if session_id not in self.sessions)
+        state.unknown_sessions = unknown_sessions(heartbeat, self.sessions, unknown_before, now_ms)
         queued = self.queues[verifier_id].rounds
         moved = list(queued) if leaves else [s for s in queued if before.get(s) != state.cached.get(s)]
         if joins:
@@ -226,6 +227,7 @@ class VerifierFleet:
         self.sessions.pop(session_id, None)
         for state in self.verifiers.values():
             state.cached.pop(session_id, None)
+            state.unknown_sessions.pop(session_id, None)
             state.returning.pop(session_id, None)
             state.runs.pop(session_id)
 

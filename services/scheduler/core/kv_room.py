@@ -8,10 +8,10 @@ therefore begins only where the KV of all sessions fits, and the others wait bef
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
+from services.scheduler.core.pool import ActiveSession, PendingRound, UnknownSession, VerifierState
 from services.scheduler.core.round_queue import RoundQueue
 from services.scheduler.core.verifier_runs import whole_blocks
 from shared.kernels.layout import BLOCK
@@ -43,10 +43,13 @@ class KvRoom:
         count = self._counts.setdefault(verifier.verifier_id, _Count())
         if now_ms - count.counted_ms > RECOUNT_MS:
             count.tokens_of = {
-                session_id: _taken(session_id, session, verifier)
+                session_id: _taken(session_id, session.length, verifier)
                 for session_id, session in verifier.sessions.items()
                 if self._is_near(session_id, session, verifier, now_ms)
             }
+            for session_id, unknown in verifier.unknown_sessions.items():
+                if now_ms - unknown.seen_ms <= QUIET_MS or session_id in verifier.runs:
+                    count.tokens_of.setdefault(session_id, _taken(session_id, unknown.cached, verifier))
             count.total, count.counted_ms = sum(count.tokens_of.values()), now_ms
         needed = pending.length_after if not count.total else count.total + _needed(pending.length_after)
         return needed <= verifier.heartbeat.total_tokens
@@ -54,7 +57,7 @@ class KvRoom:
     def add(self, session_id: str, session: ActiveSession, verifier: VerifierState) -> None:
         """Count a session that begins on a verifier."""
         count = self._counts.setdefault(verifier.verifier_id, _Count())
-        tokens = _taken(session_id, session, verifier)
+        tokens = _taken(session_id, session.length, verifier)
         count.total += tokens - count.tokens_of.get(session_id, 0)
         count.tokens_of[session_id] = tokens
 
@@ -98,13 +101,36 @@ def spared(heartbeat: Heartbeat) -> dict[str, int]:
     return {one.session: one.cached * shared // held for one in heartbeat.residency} if shared > 0 else {}
 
 
+def unknown_sessions(
+    heartbeat: Heartbeat, known: Collection[str], before: Mapping[str, UnknownSession] | None, now_ms: float
+) -> dict[str, UnknownSession]:
+    """Return the sessions of a heartbeat that this scheduler does not know: those of one that has stopped, say.
+
+    A verifier has worked on a session whose KV has changed since the last heartbeat. In the first heartbeat it may have
+    worked on each. KV that appears later and does not change is no sign of work: its session may just have ended.
+    before: those of the last heartbeat; None if this is the verifier's first.
+    """
+    found = {}
+    for held in heartbeat.residency:
+        if held.session in known:
+            continue
+        if before is None:
+            seen_ms = now_ms
+        elif (last := before.get(held.session)) is None:
+            seen_ms = -math.inf
+        else:
+            seen_ms = last.seen_ms if last.cached == held.cached else now_ms
+        found[held.session] = UnknownSession(held.cached, seen_ms)
+    return found
+
+
 def has_paused(pending: PendingRound, now_ms: float) -> bool:
     """Return whether a round's session has begun before, and has waited for so long that it goes on without room."""
     return pending.verify.round > 0 and now_ms - pending.arrived_ms >= LONGEST_PAUSE_MS
 
 
-def _taken(session_id: str, session: ActiveSession, verifier: VerifierState) -> int:
-    return _needed(session.length) - verifier.spared.get(session_id, 0)
+def _taken(session_id: str, length: int, verifier: VerifierState) -> int:
+    return _needed(length) - verifier.spared.get(session_id, 0)
 
 
 def _needed(length: int) -> int:

@@ -93,7 +93,7 @@ def fitting(pending: PendingRound, verifiers: Iterable[VerifierState], *, mix: b
 
 def _others(pending: PendingRound, verifier: VerifierState) -> int:
     """Return the other sessions of a verifier."""
-    return max(0, len(verifier.sessions) + verifier.unknown_sessions - (pending.session_id in verifier.cached))
+    return max(0, len(verifier.sessions) + len(verifier.unknown_sessions) - (pending.session_id in verifier.cached))
 
 
 def _time_ms(

@@ -187,6 +187,16 @@ def _averaged(before: float | None, measured: float) -> float:
     return measured if before is None else before + SMOOTHING * (measured - before)
 
 
+@dataclass(frozen=True)
+class UnknownSession:
+    """A session in a verifier's cache that this scheduler has received no round of: another one has."""
+
+    cached: int
+    """Its tokens in the cache."""
+    seen_ms: float
+    """When its verifier was last seen to work on it."""
+
+
 @dataclass
 class VerifierState:
     """One verifier as the scheduler sees it."""
@@ -209,8 +219,8 @@ class VerifierState:
     """Active sessions whose rounds go to it."""
     promised: Counter[float] = field(default_factory=Counter)
     """These sessions' promised times per token, each with its number of sessions."""
-    unknown_sessions: int = 0
-    """Sessions in its cache that this scheduler has received no round of."""
+    unknown_sessions: dict[str, UnknownSession] = field(default_factory=dict)
+    """Sessions in its cache that this scheduler has received no round of, as of its last heartbeat."""
     gap_ms: float = 0.0
     """Idle time between two of its batches: a moving average."""
     timed_batch: str = ""
