@@ -94,7 +94,7 @@ class ClassLoad(Record):
     waiting: Count
     """Pending rounds."""
     queue_ms: Milliseconds
-    """Recent time from a round's arrival to its batch."""
+    """Recent time from a round's arrival to its batch; 0 when no round was sent lately."""
     slack_ms: SignedMilliseconds | None = None
     """Least slack of the pending rounds; None without SLOs."""
 
@@ -109,7 +109,7 @@ class Load(Message):
     price_ms: Milliseconds
     """Cost of verifying one more token for the other rounds, in milliseconds of batch time; 0 when there is room."""
     queue_ms: Milliseconds
-    """Recent time from a round's arrival to its batch."""
+    """Recent time from a round's arrival to its batch; 0 when no round was sent lately."""
     pending: Count
     draft_cap: Count
     """Longest draft worth sending now."""

@@ -534,6 +534,19 @@ def test_prompts_count_as_load_for_a_while() -> None:
     assert d.load(100_000.0).utilization < 0.001
 
 
+def test_the_load_forgets_how_long_rounds_waited_once_none_is_sent() -> None:
+    d = dispatcher("fcfs")
+    for round_ in range(2):
+        d.on_verify(verify("s", round_=round_, base=20 + round_), 100.0 * round_)
+        batch = only(d, 100.0 * round_ + 94.0)
+        d.on_result(result(batch, batch.jobs[0]), 100.0 * round_ + 99.0)
+    busy, idle = d.load(1000.0), d.load(60_000.0)
+    assert busy.queue_ms > 9.0
+    assert [one.queue_ms for one in busy.classes] == [94.0]
+    assert (idle.pending, idle.queue_ms) == (0, 0.0)
+    assert [one.queue_ms for one in idle.classes] == [0.0], "the session is away, and its class is still known"
+
+
 def test_the_price_of_a_token_grows_with_the_rounds_of_the_batch() -> None:
     assert load_with(1).price_ms == 0.0
     assert load_with(12).price_ms > 2 * load_with(4).price_ms > 0

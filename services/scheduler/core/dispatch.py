@@ -328,7 +328,7 @@ class Dispatcher:
             queue.remove(chosen.session_id)
         idle_ms = 0.0 if state.in_flight or state.runs else min(LONGEST_GAP_MS, now_ms - state.idle_since_ms)
         state.gap_ms += SMOOTHING * (idle_ms - state.gap_ms)
-        self._averages.on_batch(batch)
+        self._averages.on_batch(batch, now_ms)
         jobs = {chosen.session_id: chosen.pending for chosen in plan.chosen}
         starts_ms = now_ms if state.in_flight else now_ms + state.remaining_ms(now_ms)
         chunks = {chosen.session_id: chosen.prefill_to for chosen in plan.chosen if chosen.prefill_to is not None}

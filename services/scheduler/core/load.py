@@ -17,11 +17,31 @@ from shared.slo import StepNeed, step_need
 
 SMOOTHING = 0.1
 WINDOW_MS = 10_000.0
-"""Window over which the share of time that prompts take is measured."""
+"""Window over which the share of time that prompts take is measured, and after which a wait of rounds is forgotten."""
 LONGEST_CURVE = 64
 """Most draft tokens for which the time of verification is reported."""
 PREFILL_TOKENS = 256
 """Length of the chunk from which the time per prompt token is predicted."""
+
+
+@dataclass
+class RecentWait:
+    """A moving average of the rounds' waits. It is forgotten when no round was sent for `WINDOW_MS`."""
+
+    _mean_ms: float = 0.0
+    _sent_ms: float = -math.inf
+
+    def learn(self, wait_ms: float, now_ms: float) -> None:
+        """Update from a round that is sent."""
+        self._mean_ms += (SMOOTHING if self._is_recent(now_ms) else 1.0) * (wait_ms - self._mean_ms)
+        self._sent_ms = now_ms
+
+    def ms(self, now_ms: float) -> float:
+        """Return the average; 0 without a recent round."""
+        return self._mean_ms if self._is_recent(now_ms) else 0.0
+
+    def _is_recent(self, now_ms: float) -> bool:
+        return now_ms - self._sent_ms <= WINDOW_MS
 
 
 @dataclass
@@ -39,9 +59,9 @@ class LoadAverages:
     """Rounds in a batch."""
     away_ms: float | None = None
     """Time between a session's rounds."""
-    queue_ms: float = 0.0
+    queue: RecentWait = field(default_factory=RecentWait)
     """Time from a round's arrival to its batch, of rounds after a session's first."""
-    queue_of: dict[str, float] = field(default_factory=dict)
+    queue_of: dict[str, RecentWait] = field(default_factory=dict)
     """Time from the arrival of any round to its batch, for each service class."""
     prompt_ms: float = 0.0
     """Predicted time of the prompts of the last `WINDOW_MS`, decaying exponentially."""
@@ -49,16 +69,15 @@ class LoadAverages:
     """Tokens of these prompts."""
     _decayed_ms: float = 0.0
 
-    def on_batch(self, batch: Batch) -> None:
+    def on_batch(self, batch: Batch, now_ms: float) -> None:
         """Update from a batch that is sent."""
         rounds = [job for job in batch.jobs if job.prefill_to is None]
         self.jobs += SMOOTHING * (max(1, len(rounds)) - self.jobs)
         for job in batch.jobs:
             # The first round of a session waits for its prompt, and says nothing of the rounds after it.
             if job.prefill_to is None and job.round > 0:
-                self.queue_ms += SMOOTHING * (job.queue_ms - self.queue_ms)
-            before = self.queue_of.setdefault(job.service_class, job.queue_ms)
-            self.queue_of[job.service_class] = before + SMOOTHING * (job.queue_ms - before)
+                self.queue.learn(job.queue_ms, now_ms)
+            self.queue_of.setdefault(job.service_class, RecentWait()).learn(job.queue_ms, now_ms)
 
     def on_result(self, result: Result, prompt: int, prefill_ms: float, now_ms: float) -> None:
         """Update from a result. prompt: tokens computed for it that belong to a prompt."""
@@ -137,7 +156,7 @@ def load_message(
         policy=policy,
         first_come=first_come,
         price_ms=price,
-        queue_ms=averages.queue_ms,
+        queue_ms=averages.queue.ms(now_ms),
         pending=fleet.pending_count,
         draft_cap=draft_cap,
         mixed_arithmetic=mix,
@@ -284,7 +303,7 @@ def _classes(fleet: VerifierFleet, averages: LoadAverages, now_ms: float) -> lis
             service_class=name,
             sessions=sessions.get(name, 0),
             waiting=waiting.get(name, 0),
-            queue_ms=averages.queue_of.get(name, 0.0),
+            queue_ms=averages.queue_of[name].ms(now_ms) if name in averages.queue_of else 0.0,
             slack_ms=slack.get(name),
         )
         for name in sorted({*sessions, *waiting})
