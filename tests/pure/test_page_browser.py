@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from page_server import MadeUpFleet, PacedApp, served
 
 from services.gateway.app import create_app
 from services.gateway.keys import new_key, render
+from shared.broker.incoming import Handler
 from shared.messages import Generate
 from shared.models.folder import ModelFolder
 
@@ -316,13 +318,28 @@ async def test_a_comparison_reports_equal_texts(page: BrowserPage, app: PacedApp
         if together:
             await page.click("#compare-together")
         await page.click("#compare-run")
-        verdict = await page.wait("document.querySelector('#verdict.good').innerText")
-        assert "Identical: the same 19 tokens." in verdict
-        assert "times as fast with drafts" in verdict
+        assert "Identical: the same 19 tokens." in await page.wait("document.querySelector('#verdict .good').innerText")
+        assert "times as fast with drafts" in await page.text("#verdict")
         assert await page.text("#with-answer") == await page.text("#without-answer") == TEXT
         assert set(await origins(page, "#with-answer")) == {"lookup", "hidden", "own"}
         assert set(await origins(page, "#without-answer")) == {"own"}
         assert {(generate.draft, generate.sampling.seed) for generate in app.generated} == {("auto", 7), ("none", 7)}
+
+
+async def test_a_comparison_shows_a_loss_as_no_win(page: BrowserPage, folder: ModelFolder) -> None:
+    class Slow(PacedApp):
+        async def _answer(self, generate: Generate) -> None:
+            self.pause_s = 0.001 if generate.draft == "none" else 0.1
+            await super()._answer(generate)
+
+    app = Slow(folder)
+    async with served(app) as url:
+        await page.open(f"{url}/#compare")
+        await page.wait("document.querySelector('#model').innerText === 'tiny'")
+        await page.click("#compare-run")
+        assert "times as slow with drafts" in await page.wait("document.querySelector('#verdict .bad').innerText")
+        assert await page.text("#verdict .good") == "Identical: the same 19 tokens."
+    await app.http.aclose()
 
 
 async def test_a_comparison_names_the_first_difference(page: BrowserPage, folder: ModelFolder) -> None:
@@ -376,6 +393,24 @@ async def test_the_fleet_view_leads_from_a_batch_to_a_sessions_rounds(page: Brow
         assert app.feed.viewers == 1
         await page.click("#tab-chat")
         await eventually(lambda: app.feed.viewers == 0)
+
+
+async def test_the_fleet_view_claims_nothing_before_it_is_connected(page: BrowserPage, folder: ModelFolder) -> None:
+    class Connecting(MadeUpFleet):
+        async def listen(self, receive: Handler, listening: Callable[[], None]) -> None:
+            await reached.wait()
+            await super().listen(receive, listening)
+
+    reached = asyncio.Event()
+    app = PacedApp(folder, Connecting())
+    async with served(app) as url:
+        await page.open(f"{url}/#fleet")
+        shown = await page.wait("document.querySelector('#fleet-counters').innerText")
+        assert "not connected" in shown
+        assert "scheduler" not in shown
+        reached.set()
+        await page.wait("document.querySelector('#fleet-counters').innerText.includes('policy wisp')")
+    await app.http.aclose()
 
 
 async def choose_in_timeline(page: BrowserPage) -> None:

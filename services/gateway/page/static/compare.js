@@ -5,6 +5,9 @@ import { complete } from "./api.js";
 import { announce, by, el, setText } from "./dom.js";
 import { AnswerRecord, difference, ms } from "./origin.js";
 
+/** Two times whose ratio is closer to 1 than this are called equal. */
+const EQUAL = 0.02;
+
 let model = "";
 let running = null;
 
@@ -44,6 +47,12 @@ async function ask(side, draft, seed, signal) {
   return record;
 }
 
+/** Name a gain or a loss, and its look. ratio: time of plain decoding to that with drafts. */
+function speedup(ratio) {
+  if (Math.abs(ratio - 1) < EQUAL) return ["about as fast", ""];
+  return ratio > 1 ? [`${ratio.toFixed(2)} times as fast`, "good"] : [`${(1 / ratio).toFixed(2)} times as slow`, "bad"];
+}
+
 function verdict(drafted, plain) {
   const found = difference(drafted, plain);
   const place = by("verdict");
@@ -52,10 +61,13 @@ function verdict(drafted, plain) {
     setText(place, `Not identical: ${found}.`);
   } else {
     const [fast, slow] = [drafted.counters(0), plain.counters(0)];
-    const ratio = slow.totalMs / fast.totalMs;
-    const speed = ratio >= 1 ? `${ratio.toFixed(2)} times as fast` : `${(1 / ratio).toFixed(2)} times as slow`;
-    place.className = "verdict good";
-    setText(place, `Identical: the same ${drafted.count} tokens. With drafts ${ms(fast.totalMs)}, plain decoding ${ms(slow.totalMs)}: ${speed} with drafts.`);
+    const [speed, look] = speedup(slow.totalMs / fast.totalMs);
+    place.className = "verdict";
+    place.replaceChildren(
+      el("span", { className: "good" }, `Identical: the same ${drafted.count} tokens.`),
+      ` With drafts ${ms(fast.totalMs)}, plain decoding ${ms(slow.totalMs)}: `,
+      el("span", { className: look }, `${speed} with drafts.`),
+    );
   }
   announce(place.textContent);
 }

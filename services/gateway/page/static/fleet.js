@@ -34,6 +34,8 @@ let frozenMs = 0;
 let chosenBatch = null;
 let chosenSession = null;
 let stale = false;
+/** Whether the gateway receives the suite's messages. */
+let connected = false;
 
 /** The server's clock now, as far as its events tell it. */
 function serverNow() {
@@ -90,6 +92,7 @@ function take(event) {
   if (history.length > KEPT) history.splice(0, history.length - KEPT);
   if (event.state) {
     state = event.state;
+    connected = event.connected && !event.problem;
     stale = true;
     if (event.problem) note(event.problem, true);
     else if (!event.connected) note("Connecting …");
@@ -169,13 +172,14 @@ const gauge = (value, text) => ({ parts: () => meter(value, text), key: text, cl
 
 function drawState() {
   const acceptance = state.verified ? percent(state.accepted / state.verified) : "–";
-  const scheduler = state.scheduler;
+  // What a scheduler said before it fell silent is no present figure.
+  const scheduler = state.scheduler && state.scheduler.alive ? state.scheduler : null;
   drawCounters(by("fleet-counters"), [
     ["Tokens per second", state.tokens_per_s.toFixed(1), state.run_tokens_per_s ? `${state.run_tokens_per_s.toFixed(1)} in runs` : ""],
     ["Batches per second", state.batches_per_s.toFixed(1)],
     ["Drafts accepted", acceptance, state.verified ? `${state.accepted} of ${state.verified}` : ""],
     ["Pending rounds", scheduler ? String(scheduler.pending) : "–", scheduler ? `queue ${ms(scheduler.queue_ms)}` : ""],
-    ["Promised share", scheduler ? percent(scheduler.utilization) : "–", scheduler ? `policy ${scheduler.policy || "–"}` : "no scheduler yet", "", WORDS["Promised share"]],
+    ["Promised share", scheduler ? percent(scheduler.utilization) : "–", scheduler ? `policy ${scheduler.policy || "–"}` : withoutScheduler(), "", WORDS["Promised share"]],
   ]);
   drawRows("verifiers", state.verifiers.map((one) => [
     one.name,
@@ -215,6 +219,12 @@ function drawState() {
 
 function standing(word) {
   return { parts: () => [el("span", { className: `dot ${word.replace(" ", "-")}`, "aria-hidden": "true" }), explained(word)], key: word };
+}
+
+/** Why there are no figures of a scheduler. */
+function withoutScheduler() {
+  if (!connected) return "not connected";
+  return state.scheduler ? "the scheduler is silent" : "no scheduler has reported";
 }
 
 /** A word with its explanation as a tooltip, where it has one. */
