@@ -93,6 +93,12 @@ def step_need(
     return StepNeed(round_ms / every_ms, batch_period_ms(every_ms, away_ms, alone_ms))
 
 
+def least_tpot_ms(*, fixed_ms: float, round_ms: float, tokens_per_round: float, run_ms: float | None) -> float:
+    """Return the shortest time per token for which `step_need` returns a need. It defines the arguments."""
+    rounds_ms = (fixed_ms + round_ms) / tokens_per_round
+    return rounds_ms if run_ms is None else min(rounds_ms, fixed_ms + run_ms)
+
+
 @dataclass(frozen=True)
 class SloOutcome:
     """Speed of a completion, and whether it attained its SLO."""

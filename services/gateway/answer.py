@@ -9,6 +9,7 @@ from time import monotonic
 
 import msgpack
 
+from services.gateway.core.admission import Unreachable
 from services.gateway.core.completion import Completion, Piece
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.core.turns import Wait
@@ -140,6 +141,8 @@ class Answer:
     """One per completion. A resumed answer gets them when its sessions are collected."""
     charged_tokens: int = 0
     """Tokens charged to the key by the connections before this one."""
+    unreachable: Unreachable | None = None
+    """Set when the answer is accepted with an SLO that no verifier can keep."""
     running: list[RunningSession] = field(default_factory=list)
     """One per completion, from the start of its session on."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)

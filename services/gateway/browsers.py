@@ -19,12 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.errors import DROPPED_HEADER, REFUSED_HEADER, ApiError
 from services.gateway.misspelt import IGNORED_HEADER
+from services.gateway.response import SEED_HEADER, SLO_HEADER
 from shared.errors import quoted
 
 EXPOSED = (
     "retry-after",
     "x-request-id",
-    "x-wisp-seed",
+    SEED_HEADER,
+    SLO_HEADER,
     IGNORED_HEADER,
     REFUSED_HEADER,
     DROPPED_HEADER,

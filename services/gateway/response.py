@@ -27,6 +27,8 @@ from shared.runtime import logging, tracing
 from shared.runtime.service import cancel
 
 SEED_HEADER = "x-wisp-seed"
+SLO_HEADER = "x-wisp-slo"
+"""Says that the SLO which the request asks for cannot be kept, and what can be."""
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -84,6 +86,8 @@ class AnswerResponse(Response):
         answer = self._answer
         serving = self._sessions.resume(answer) if answer.resumed else self._sessions.run(answer)
         async with spans.traced(answer, serving) if tracing.current() else serving:
+            if answer.unreachable is not None:
+                self._extra_headers[SLO_HEADER] = str(answer.unreachable)
             chunks = Chunks.of(answer)
             try:
                 if answer.stream:

@@ -194,6 +194,7 @@ class Sessions:
         prompts = tuple(len(generate.prompt) for generate in answer.sessions)
         demand = Demand(service_class, answer.sessions[0].slo, prompts, (now - answer.started_s) * 1000)
         if (refusal := self._admission.ask(demand, now * 1000)) is None:
+            answer.unreachable = self._admission.unreachable(demand, now * 1000)
             return
         self._log.info("request refused", code=refusal.code, reason=refusal.message, service_class=service_class)
         self._metrics.refused(service_class, refusal.code, len(prompts))

@@ -20,7 +20,7 @@ from services.gateway.core.admission import (
 )
 from services.gateway.settings import GatewaySettings
 from shared.messages import ClassLoad, Load, Slo
-from shared.slo import BATCHES_PER_ROUND
+from shared.slo import BATCHES_PER_ROUND, least_tpot_ms, step_need
 
 CLASSES = GatewaySettings.model_validate({}).slo_classes
 SLO = Slo(ttft_ms=1000, tpot_ms=100)
@@ -143,6 +143,42 @@ def test_an_slo_that_a_lone_verifier_cannot_keep_counts_as_none() -> None:
     # A prompt longer than its TTFT allows is accepted: queueing is not what breaks this SLO.
     assert admission(load(backlog_ms=5000)).ask(demand(prompts=(2000,)), 0) is None
     assert admission(load(backlog_ms=5000)).ask(demand(prompts=(200,)), 0) is not None
+
+
+def test_an_slo_that_no_verifier_can_keep_is_told_with_what_can_be() -> None:
+    def told(made: Admission, now_ms: float = 0.0, prompt: int = 10, **times: float) -> str:
+        slo = Slo(**({"ttft_ms": 1000, "tpot_ms": 100} | times))
+        return str(made.unreachable(demand(slo=slo, prompts=(prompt,)), now_ms))
+
+    made = admission(load(backlog_ms=20_000.0))
+    assert told(made) == told(made, tpot_ms=25.0) == "None", "what load alone breaks is refused"
+    assert told(made, tpot_ms=0.01) == "best-effort; least-tpot-ms=25.0"
+    assert told(made, prompt=2000) == "best-effort; least-ttft-ms=2050.0"
+    assert told(made, ttft_ms=1, tpot_ms=1) == "best-effort; least-ttft-ms=60.0; least-tpot-ms=25.0"
+    runs = admission(load(fixed_ms=14.03, run_own_ms=0.5, round_ms=20.0))
+    assert told(runs, tpot_ms=14.6) == "None", "a run keeps it"
+    assert told(runs, tpot_ms=14.5) == "best-effort; least-tpot-ms=14.6"
+    assert told(admission(), tpot_ms=1) == told(made, STALE_MS + 1, tpot_ms=1) == "None", "nothing predicts"
+    assert told(admission(load(), predict=False), tpot_ms=1) == "None"
+    assert made.unreachable(demand(slo=None), 0) is None
+
+
+@given(
+    tpot_ms=st.floats(0.01, 1000),
+    fixed_ms=st.floats(0, 100),
+    round_ms=st.floats(0.1, 100),
+    tokens=st.floats(1, 8),
+    run_ms=st.none() | st.floats(0.1, 50),
+)
+def test_the_least_time_per_token_is_the_least_that_can_be_promised(
+    tpot_ms: float, fixed_ms: float, round_ms: float, tokens: float, run_ms: float | None
+) -> None:
+    costs = {"fixed_ms": fixed_ms, "round_ms": round_ms, "tokens_per_round": tokens, "run_ms": run_ms}
+    least_ms = least_tpot_ms(**costs)
+    assert step_need(least_ms * 1.001, away_ms=0.0, **costs) is not None
+    assert step_need(least_ms * 0.999, away_ms=0.0, **costs) is None
+    if abs(tpot_ms / least_ms - 1) > 1e-6:
+        assert (step_need(tpot_ms, away_ms=0.0, **costs) is not None) == (tpot_ms > least_ms)
 
 
 def test_sessions_accepted_since_the_last_load_count() -> None:

@@ -78,6 +78,21 @@ async def test_a_full_fleet_serves_clients_that_ask_for_no_promise(app: App) -> 
     assert error_of(await app.chat(), 429)["code"] == "overloaded"
 
 
+async def test_an_answer_says_that_no_verifier_can_keep_its_slo(app: App) -> None:
+    await app.sessions.receive(full(utilization=0.0, fixed_ms=14.0, classes=[]))
+    for stream in (True, False):
+        body = HELLO | {"stream": stream}
+        impossible = await app.http.post("/v1/chat/completions", json=body, headers={"x-slo-tpot-ms": "0.01"})
+        assert impossible.status_code == 200
+        assert impossible.headers["x-wisp-slo"] == "best-effort; least-tpot-ms=15.0"
+        possible = await app.http.post("/v1/chat/completions", json=body, headers={"x-slo-tpot-ms": "15"})
+        assert "x-wisp-slo" not in possible.headers
+    message = {"model": "tiny", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
+    for path, body in (("/v1/messages", message), ("/v1/responses", {"model": "tiny", "input": "Hi"})):
+        answer = await app.http.post(path, json=body, headers={"x-slo-tpot-ms": "0.01"})
+        assert answer.headers["x-wisp-slo"].startswith("best-effort"), answer.text
+
+
 async def test_an_slo_header_does_not_change_the_class(app: App) -> None:
     headers = {"x-llm-d-slo-ttft-ms": "60000", "x-llm-d-slo-tpot-ms": "500"}
     response = await app.http.post(

@@ -20,9 +20,9 @@ SLOs of a class are promised while the sum is at most its `admit_to`. The predic
 elapsed time, the queueing time, the prompt (tokens x prefill_ms) and one round. The queueing time is the backlog; with
 a policy by deadlines, only the backlog of the request's own class and of classes with the same or a higher `admit_to`.
 
-Only load refuses requests: a fleet without sessions accepts every request, and an SLO that a lone verifier could not
-keep counts as none. When the scheduler has been silent for `STALE_MS`, nothing is predicted and only the limits on
-sessions hold.
+Only load refuses requests: a fleet without sessions accepts every request. An SLO that a verifier could not keep even
+for this session alone counts as none, since refusing it would refuse it for ever; `unreachable` tells the client. When
+the scheduler has been silent for `STALE_MS`, nothing is predicted and only the limits on sessions hold.
 
 `retry_after_s` is the time until the reason for the refusal is expected to be gone, in whole seconds from 1 to
 `LONGEST_RETRY_S`. With D, the mean duration of the recent completions of this gateway:
@@ -42,7 +42,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from shared.messages import DEFAULT_CLASS, Load, Slo
-from shared.slo import Promise, StepNeed, step_need
+from shared.slo import Promise, StepNeed, least_tpot_ms, step_need
 
 STALE_MS = 5000.0
 """Age at which a Load is ignored."""
@@ -87,6 +87,23 @@ class Refusal:
     """`slo_unattainable_now`, `overloaded` or `too_many_sessions`."""
     message: str
     retry_after_s: int
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """An SLO that no verifier can keep, however idle it is. Each time is None where the SLO leaves enough of it."""
+
+    least_ttft_ms: float | None
+    """Predicted time to this request's first token without other sessions."""
+    least_tpot_ms: float | None
+    """Shortest time per token that can be promised."""
+
+    def __str__(self) -> str:
+        """Return the value of the response header: that the answer is best effort, and the times that can be kept."""
+        times = {"least-ttft-ms": self.least_ttft_ms, "least-tpot-ms": self.least_tpot_ms}
+        # Rounded up, so that an SLO of the time that is named can be kept.
+        kept = [f"{name}={math.ceil(time * 10) / 10:.1f}" for name, time in times.items() if time is not None]
+        return "; ".join(["best-effort", *kept])
 
 
 @dataclass
@@ -156,13 +173,26 @@ class Admission:
     def ask(self, demand: Demand, now_ms: float) -> Refusal | None:
         """Return the refusal of a request, None if it is accepted; of several, the one that lasts longest."""
         reasons = list(self._too_many(demand))
-        load = self._load
-        if load is not None and load.verifiers and now_ms - self._updated_ms <= STALE_MS:
+        if (load := self._present(now_ms)) is not None:
             reasons += self._too_long_a_backlog(demand, load)
             if self._predict and demand.slo is not None:
                 reasons += self._too_much_promised(demand, demand.slo, load)
                 reasons += self._too_late(demand, demand.slo, load)
         return max(reasons, key=lambda refusal: refusal.retry_after_s, default=None)
+
+    def unreachable(self, demand: Demand, now_ms: float) -> Unreachable | None:
+        """Return which times of a request's SLO no verifier can keep; None if it asks for none, or nothing predicts."""
+        load, slo = self._present(now_ms), demand.slo
+        if load is None or slo is None or not self._predict:
+            return None
+        first_ms, token_ms = _alone_ms(demand, load), _least_tpot_ms(load)
+        found = Unreachable(first_ms if slo.ttft_ms < first_ms else None, token_ms if slo.tpot_ms < token_ms else None)
+        return None if found == Unreachable(None, None) else found
+
+    def _present(self, now_ms: float) -> Load | None:
+        """Return the Load; None if it is old, or no verifier is usable."""
+        load = self._load
+        return load if load is not None and load.verifiers and now_ms - self._updated_ms <= STALE_MS else None
 
     def _too_many(self, demand: Demand) -> Iterator[Refusal]:
         name, count = demand.service_class, len(demand.prompts)
@@ -204,8 +234,7 @@ class Admission:
             yield _refusal("slo_unattainable_now", text, self._until_freed_ms(after - limit, before))
 
     def _too_late(self, demand: Demand, slo: Slo, load: Load) -> Iterator[Refusal]:
-        tokens = max(*demand.prompts, sum(demand.prompts) / load.verifiers)
-        alone_ms = demand.elapsed_ms + tokens * load.prefill_ms + load.fixed_ms + load.round_ms
+        alone_ms = _alone_ms(demand, load)
         first_ms = alone_ms + self._wait_ms(demand.service_class, load)
         if alone_ms <= slo.ttft_ms < first_ms:
             text = f"the first token would come after {first_ms:,.0f} ms, and the SLO is {slo.ttft_ms:,.0f} ms"
@@ -261,6 +290,12 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
     return max(0.0, round(load.utilization + (own + max(0.0, fixed - present)) / load.verifiers, 9))
 
 
+def _alone_ms(demand: Demand, load: Load) -> float:
+    """Return the predicted time to the first token without other sessions."""
+    tokens = max(*demand.prompts, sum(demand.prompts) / load.verifiers)
+    return demand.elapsed_ms + tokens * load.prefill_ms + load.fixed_ms + load.round_ms
+
+
 def _needs(load: Load, tpots_ms: Iterable[float | None]) -> list[StepNeed]:
     """Return what each session needs of a verifier, without those whose SLO a lone verifier could not keep."""
     needs = (_need(load, tpot_ms) for tpot_ms in tpots_ms if tpot_ms is not None)
@@ -275,6 +310,15 @@ def _need(load: Load, tpot_ms: float) -> StepNeed | None:
         run_ms=load.run_own_ms,
         tokens_per_round=load.tokens_per_round,
         away_ms=load.away_ms,
+    )
+
+
+def _least_tpot_ms(load: Load) -> float:
+    return least_tpot_ms(
+        fixed_ms=load.fixed_ms,
+        round_ms=load.round_ms,
+        run_ms=load.run_own_ms,
+        tokens_per_round=load.tokens_per_round,
     )
 
 
