@@ -43,10 +43,11 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     folder = ModelFolder(settings.target)
     if not is_twin(settings.target):
         folder.require_weights()
-    fingerprint = folder.fingerprint(settings.dtype)
     executor = ThreadPoolExecutor(1, thread_name_prefix="model")
     log.info("loading the target model", folder=str(settings.target), dtype=settings.dtype, device=settings.device)
     loop = asyncio.get_running_loop()
+    # Not in the event loop, which answers /live: reading all weights of a large model takes minutes.
+    fingerprint = await loop.run_in_executor(executor, folder.fingerprint, settings.dtype)
     engine = await loop.run_in_executor(executor, _load_engine, settings)
     if engine.module_code_reason:
         log.warning(

@@ -158,6 +158,19 @@ def test_the_gpus_of_a_verifier_are_one_number(all_rendered: dict[str, Rendered]
     )
 
 
+def test_a_verifier_with_a_gpu_is_given_longer_to_start(all_rendered: dict[str, Rendered]) -> None:
+    found = {}
+    for name in ("production", "gpu"):
+        (container,) = all_rendered[name].services()["verifier"]["containers"]
+        probe = container["startupProbe"]
+        assert probe["httpGet"] == container["livenessProbe"]["httpGet"] == {"path": "/live", "port": "metrics"}
+        assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+        found[name] = probe["periodSeconds"] * probe["failureThreshold"]
+    assert found == {"production": 180, "gpu": 600}
+    rollout = all_rendered["gpu"].of("Deployment")["wisp-verifier"]["spec"]["progressDeadlineSeconds"]
+    assert rollout > found["gpu"]
+
+
 def test_production_brings_no_secret(all_rendered: dict[str, Rendered]) -> None:
     for name in ("production", "gpu", "production-operators"):
         assert all_rendered[name].of("Secret") == {}
