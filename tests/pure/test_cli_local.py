@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -40,6 +41,7 @@ from services.tools.local.folder import (
     RunningApi,
     RunningSuite,
     note_api,
+    note_suite,
     page_of,
     running_apis,
 )
@@ -444,7 +446,28 @@ def test_running_apis_are_those_whose_owner_lives(state: Path) -> None:
     assert running_apis() == []
 
 
-def test_up_records_its_api_and_ends_quietly_when_interrupted(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_the_suites_that_run_here(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(doctor_servers.check_apis()) == []
+    with socket.create_server(("127.0.0.1", 0)) as busy, RunFolder("up") as suite, RunFolder("up") as baseline:
+        port = busy.getsockname()[1]
+        monkeypatch.setattr(doctor, "API_PORT", port)
+        (taken,) = doctor._port()
+        note_api(suite.path, RunningApi(f"http://127.0.0.1:{port}/v1", 4711))
+        note_suite(suite.path, RunningSuite("wisp-abc", None))
+        note_api(baseline.path, RunningApi("http://127.0.0.1:1/v1", 4712))
+        (own,) = doctor._port()
+        found = {one.found for one in doctor_servers.check_apis()}
+    assert found == {
+        f"http://127.0.0.1:{port}/v1 (wisp-abc, process 4711)",
+        "http://127.0.0.1:1/v1 (a baseline, process 4712)",
+    }
+    assert (taken.state, own.state) == ("note", "ok"), "a suite of one's own on the port is no fault"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, asyncio.CancelledError])
+def test_up_records_its_api_and_ends_quietly_when_stopped(
+    state: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
     noted: list[RunningApi] = []
 
     class ReadyStack:
@@ -462,7 +485,7 @@ def test_up_records_its_api_and_ends_quietly_when_interrupted(state: Path, monke
 
         async def next_failure(self) -> NoReturn:
             noted.extend(running_apis())
-            raise KeyboardInterrupt
+            raise end
 
     monkeypatch.setattr("services.tools.cli.main.stack_for", lambda *_, **__: ReadyStack())
     result = CliRunner().invoke(app, ["up", "--port", "0"], catch_exceptions=False)

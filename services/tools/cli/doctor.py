@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from services.tools.cli.doctor_servers import check_brokers, check_fleet
+from services.tools.cli.doctor_servers import check_apis, check_brokers, check_fleet
 from services.tools.cli.findings import Finding, State, short
-from services.tools.local.folder import state_folder
+from services.tools.local.folder import running_apis, state_folder
 from services.tools.local.machine import inspect_machine
 from services.tools.local.ports import LOOPBACK, is_free
 from services.tools.local.service_commands import cores
@@ -65,7 +65,8 @@ async def check_machine(begins: Callable[[str], None] = lambda name: None) -> li
         ("packages", _in_thread(_extras)),
         ("torch", _in_thread(_torch)),
         ("RabbitMQ and Redis", brokers),
-        ("running suite", fleet),
+        ("running suites", _in_thread(check_apis)),
+        ("drafters and verifiers", fleet),
         ("models", _in_thread(_models)),
         ("draft", _in_thread(_drafts)),
         ("port", _in_thread(_port)),
@@ -264,6 +265,8 @@ def _drafts() -> Iterator[Finding]:
 def _port() -> Iterator[Finding]:
     if is_free(LOOPBACK, API_PORT):
         yield Finding("port", "ok", f"{API_PORT} is free on {LOOPBACK}")
+    elif API_PORT in (api.port for api in running_apis()):
+        yield Finding("port", "ok", f"{API_PORT} is that of the suite that runs here")
     else:
         yield Finding(
             "port", "note", f"{API_PORT} is in use on {LOOPBACK}", f"choose another: make serve PORT={API_PORT + 1}"

@@ -20,7 +20,7 @@ from services.tools.local.broker_check import (
     without_password,
 )
 from services.tools.local.broker_sources import BrokerSource
-from services.tools.local.folder import running_suites
+from services.tools.local.folder import running_suites, suites_by_api
 from services.tools.local.machine import Machine, container_engine, version_in
 from services.tools.local.settings import BrokerAddresses, LocalSettings
 from shared.broker.connection import addresses as amqp_addresses
@@ -93,6 +93,13 @@ def _with_advice_for_cluster(finding: Finding, version: str) -> Finding:
         advice=f"{lines} in rabbitmq.conf of each node, and {CLUSTER_ADVANCED} in its advanced.config: by default a "
         "node that hangs stops requests for 60 s",
     )
+
+
+def check_apis() -> Iterator[Finding]:
+    """Report the suites and baselines that `wisp up` runs from this checkout."""
+    for api, suite in suites_by_api().items():
+        what = "a baseline" if suite is None else suite.namespace
+        yield Finding("running", "ok", f"{api.url} ({what}, process {api.pid})")
 
 
 async def check_fleet(addresses: BrokerAddresses) -> list[Finding]:

@@ -63,6 +63,8 @@ def _train(run: TrainingRun, to: Path, carried: CarriedRun | None) -> bool:
     if carried is not None and carried.found:
         with progress.step("computing the states of texts that were carried here") as step:
             step.done(f"{carried.restore():,} texts were carried here")
+        if run.time_is_up:
+            return False
     with progress.step("drawing prompts") as step:
         count = run.write_prompts()
         step.done(f"{count:,} prompts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -115,7 +116,7 @@ def up(
     target_profile: TargetProfileOption = None,
     trace: TraceOption = None,
 ) -> None:
-    """Run the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
+    """Run the suite in the foreground, for any OpenAI client. Ctrl-C and SIGTERM stop it, with exit status 0."""
     with errors_shown():
         require("gateway", "model")
         from services.tools.cli.up import require_keys, require_port, up
@@ -144,7 +145,7 @@ def up(
             async with stack:
                 await up(stack, out)
 
-        with suppress(KeyboardInterrupt):  # the ordinary end
+        with suppress(KeyboardInterrupt, asyncio.CancelledError):  # the ordinary ends: Ctrl-C, SIGTERM and SIGHUP
             run(work)
 
 
@@ -215,7 +216,7 @@ def chat(
         float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy.", rich_help_panel="Answers")
     ] = 0.2,
 ) -> None:
-    """Chat with the model in the terminal; accepted draft tokens are coloured."""
+    """Chat with the model in the terminal; accepted draft tokens and copies of earlier text are coloured."""
     with errors_shown():
         require("client")
         from services.tools.cli.chat import Chat, running_suite

@@ -46,7 +46,8 @@ class DraftStyle:
     def legend(self) -> Text:
         """The explanation of the two looks."""
         return Text.assemble(
-            self.text([TextPart("accepted draft tokens and copies", True)]), ", the target's own tokens"
+            self.text([TextPart("accepted draft tokens, and earlier text that the verifier copied", True)]),
+            "; the target's own tokens",
         )
 
     def text(self, parts: Sequence[TextPart]) -> Text:
