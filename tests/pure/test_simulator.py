@@ -302,6 +302,15 @@ def one_class(prompt: int, output: int, ttft_ms: float = 2000.0, tpot_ms: float 
     return [{"name": "only", "ttft_ms": ttft_ms, "tpot_ms": tpot_ms, **lengths}]
 
 
+def test_the_title_names_what_was_changed() -> None:
+    text = read("paper-a100", SCENARIOS, ".yaml", "scenario")
+    plain = parse_scenario(text, "paper-a100").title
+    changes = {"target": "h100-qwen3-8b", "acceptance.mean": 0.6}
+    changed = parse_scenario(text, "paper-a100", changes).title
+    assert changed == f"{plain}; changed: target=h100-qwen3-8b, acceptance.mean=0.6"
+    assert parse_scenario(text, "paper-a100", {**changes, "title": "mine"}).title == "mine"
+
+
 def test_bounds_are_the_promised_time_over_the_work_of_a_request() -> None:
     spec = scenario(target="a100-qwen3-32b", classes=one_class(400, 101), think_s=constant(1.0))
     target = target_of(spec)
@@ -312,7 +321,7 @@ def test_bounds_are_the_promised_time_over_the_work_of_a_request() -> None:
     assert found.cycle_s == pytest.approx(cycle_ms / 1000)
     assert found.arithmetic == pytest.approx(cycle_ms / (501 * token_ms), rel=0.02)
     assert found.memory == pytest.approx(target.kv_tokens / 450.5 * cycle_ms / 5000.0, rel=0.01)
-    assert found.hidden_tokens == 114
+    assert (found.hidden_tokens, found.filled_tokens) == (114, 112), "the pages name both"
     assert f"hold more than {floor(min(found.memory, found.arithmetic))} devices" in found.sentences()[0], "whole ones"
     # A step may take 50 ms: that many tokens' arithmetic, of which four in five are prompts.
     assert found.chunked <= (50.0 - target.step_ms) / token_ms / 5 * cycle_ms / 5000.0

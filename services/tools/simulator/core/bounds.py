@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
+from services.scheduler.core.batching import hidden_tokens
 from services.tools.simulator.core.scenario import Scenario
 from shared import cost
 from shared.twin.profile import RooflineProfile, TargetProfile
@@ -39,7 +40,9 @@ class ScenarioBounds:
     """Step of one token on the fastest verifier: reading the weights."""
     hidden_tokens: int
     """Tokens of a step whose arithmetic takes no longer than reading the weights."""
-
+    filled_tokens: int
+    """Tokens of a step that `wisp+` fills: those that the scheduler's cost model, which knows few knees, takes for
+    hidden. 0 if the verifier is no accelerator to it."""
     shortest_tpot_ms: float
     """Shortest promised time per token."""
 
@@ -57,9 +60,9 @@ class ScenarioBounds:
             f"and the arithmetic of {int(self.arithmetic)} ({self.prompt_ms:.0f} ms for a prompt and "
             f"{self.answer_ms:.0f} for an answer, on average)",
             f"a step of one token takes {self.alone_ms:.1f} ms and hides the arithmetic of {self.hidden_tokens} "
-            f"tokens; with steps of centralized serving as long as the shortest promise ({self.shortest_tpot_ms:g} ms) "
-            f"on average, {int(self.chunked)} devices hold; a round that misses every other step has to bring "
-            f"{self.tokens_per_round:.1f} tokens",
+            f"tokens ({self.filled_tokens} by the cost model of wisp+); with steps of centralized serving as long as "
+            f"the shortest promise ({self.shortest_tpot_ms:g} ms) on average, {int(self.chunked)} devices hold; a "
+            f"round that misses every other step has to bring {self.tokens_per_round:.1f} tokens",
         ]
 
 
@@ -100,6 +103,7 @@ def scenario_bounds(scenario: Scenario, target: TargetProfile, seed: int) -> Sce
         answer_ms=answer_ms,
         alone_ms=step_ms / max(speeds),
         hidden_tokens=hidden,
+        filled_tokens=hidden_tokens(target.cost_model("any")),
         shortest_tpot_ms=shortest,
     )
 

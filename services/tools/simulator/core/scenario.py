@@ -227,7 +227,8 @@ def _length(class_name: str, field: str, drawn: float) -> int:
 def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) -> Scenario:
     """Parse a YAML file. Raises SettingsError.
 
-    name: of the file, for errors. changes: values that replace the file's, by dotted path.
+    name: of the file, for errors. changes: values that replace the file's, by dotted path. The title names them, unless
+    they replace it.
     """
     try:
         given = yaml.safe_load(text)
@@ -237,6 +238,8 @@ def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) 
         raise SettingsError(f"scenario {name} is no mapping of fields; see the shipped scenarios")
     for path, value in (changes or {}).items():
         _set(given, path.split("."), value, name)
+    if changes and "title" not in changes and isinstance(title := given.get("title"), str):
+        given["title"] = f"{title}; changed: {', '.join(f'{path}={value}' for path, value in changes.items())}"
     try:
         return Scenario.model_validate(given)
     except ValidationError as error:
