@@ -197,6 +197,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in levels()]:
         sys.exit(f"{unknown[0]!r} is no level of {platform.machine()}: choose from all, {', '.join(levels())}")
     for name in names:
+        print(f"compiling for {name}", flush=True)
         _object(name)
         for folder in folders():  # the set-up compares its time with that of the source
             with suppress(OSError):

@@ -107,7 +107,7 @@ def set_up(torch_index: str) -> None:
     for one in to_prepare:
         with step(names[one.name]) as shown:
             last = run([str(VENV / one.command[0]), *one.command[1:]], shown)
-            shown.outcome = re.sub(r" \([\d.]+ s\)$", "", last).removeprefix(f"{one.name} ") or "ready"
+            shown.outcome = untimed(last).removeprefix(f"{one.name} ") or "ready"
     STAMP.write_text(expected)
     print(f"Set up in {duration(time.monotonic() - started)}.", flush=True)
 
@@ -240,7 +240,7 @@ def run(
                     last = line.strip() or last
                     if read is not None:
                         read(line)
-                shown.detail = (describe() if describe is not None else last) or shown.detail
+                shown.detail = (describe() if describe is not None else untimed(last)) or shown.detail
                 shown.show()
     except BaseException:
         # Without the lock of this set-up, another one would write the same folder beside the command.
@@ -253,6 +253,11 @@ def run(
             f"{tail}\n`{' '.join(command)}` ended with status {process.returncode}; the whole output is in {LOG}."
         )
     return last
+
+
+def untimed(line: str) -> str:
+    """Return a line of progress without its time: the set-up shows its own."""
+    return re.sub(r" \([\d.]+ s\)$", "", line)
 
 
 def lines_of(process: "subprocess.Popen[str]") -> Iterator[str | None]:

@@ -1,15 +1,24 @@
-"""Progress of long steps: a spinner in a terminal, plain lines elsewhere, nothing by default."""
+"""Progress of long steps: a spinner in a terminal, plain lines elsewhere, nothing by default.
+
+The time that has passed is always shown, so that a step which reports nothing is seen to go on.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.status import Status
+from rich.text import Text
 
 PLAIN_INTERVAL_S = 5.0
+"""Shortest time between two plain lines about what a step reports."""
+SILENT_S = 10.0
+"""Time after which a plain line repeats what a step does that has reported nothing new."""
+SHOWN_FROM_S = 1.0
+"""A spinner shows the time of steps that take longer than this."""
 
 
 class ProgressStep:
@@ -62,14 +71,24 @@ class _Spinner(ProgressStep):
     def __init__(self, text: str, console: Console) -> None:
         super().__init__(text)
         self.console = console
-        self.status = Status(text, console=console, spinner_style="cyan")
+        self.status = Status(self, console=console, spinner_style="cyan")
+        self._detail = ""
+
+    def __rich__(self) -> Text:
+        """Return the line beside the spinner, which is drawn again several times a second."""
+        shown = Text.from_markup(self.text)
+        if self._detail:
+            shown.append(f" {self._detail}", "dim")
+        if (passed_s := self.elapsed_s) >= SHOWN_FROM_S:
+            shown.append(f"  {passed_s:.0f} s", "dim")
+        return shown
 
     def __enter__(self) -> ProgressStep:
         self.status.start()
         return self
 
     def detail(self, text: str) -> None:
-        self.status.update(f"{self.text} [dim]{escape(text)}[/dim]")
+        self._detail = text
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.status.stop()
@@ -84,18 +103,33 @@ class _Lines(ProgressStep):
         super().__init__(text)
         self.console = console
         self.shown = time.monotonic()
+        self._detail = ""
+        self._ended = threading.Event()
+        self._repeating = threading.Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> ProgressStep:
         self.console.print(f"  {self.text} ...", soft_wrap=True)
+        self._repeating.start()
         return self
 
     def detail(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self.shown >= PLAIN_INTERVAL_S:
-            self.shown = now
-            self.console.print(f"    {text}", soft_wrap=True)
+        self._detail = text
+        if time.monotonic() - self.shown >= PLAIN_INTERVAL_S:
+            self._show()
+
+    def _repeat(self) -> None:
+        # In a thread: some steps keep the event loop, and some have none.
+        while not self._ended.wait(max(0.0, self.shown + SILENT_S - time.monotonic())):
+            if time.monotonic() - self.shown >= SILENT_S:
+                self._show()
+
+    def _show(self) -> None:
+        self.shown = time.monotonic()
+        self.console.print(Text(f"    {self._detail or 'still at it'} ({self.elapsed_s:.0f} s)"), soft_wrap=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ended.set()
+        self._repeating.join()
         if kind is None:
             self.console.print(f"  {self.outcome} ({self.elapsed_s:.1f} s)", soft_wrap=True)
         elif issubclass(kind, Exception):

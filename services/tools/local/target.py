@@ -34,7 +34,7 @@ def prepare_target(target: str, progress: Progress) -> Path:
             if step is None:
                 step = shown.enter_context(progress.step(f"preparing the model {target}"))
                 step.done(f"model {target} prepared")
-            step.detail(f"{doing} {share:.0%}")
+            step.detail(f"{doing} {share:.0%}" if share else doing)
 
         return prepare(target, models_folder(), show).absolute()
 
