@@ -94,11 +94,20 @@ def test_states_are_computed_again_with_the_same_bits(generated: TrainingRun, tm
         assert found == wanted
 
 
+def test_the_time_of_a_run_limits_the_computing_of_states_too(generated: TrainingRun, tmp_path: Path) -> None:
+    carry, folder = tmp_path / "carry", tmp_path / "second"
+    late = TrainingRun(CONFIG, generated.target, folder, until_s=NO_TIME)
+    train_draft(late, tmp_path / "draft", carry)
+    assert not shards.files(late.texts)
+    in_time = TrainingRun(CONFIG, generated.target, folder)
+    assert CarriedRun(carry, in_time).restore() == len(shards.origins(generated.texts)), "nothing was lost"
+
+
 def test_training_goes_on_from_the_carried_checkpoint(generated: TrainingRun, tmp_path: Path) -> None:
     carry = tmp_path / "carry"
+    CarriedRun(carry, TrainingRun(CONFIG, generated.target, tmp_path / "second")).restore()
     second = TrainingRun(CONFIG, generated.target, tmp_path / "second", until_s=NO_TIME)
     pieces = CarriedRun(carry, second)
-    pieces.restore()
     second.train(lambda _: None)
     learned = torch.load(second.checkpoint, weights_only=True)["done"]
     assert 0 < learned < 500

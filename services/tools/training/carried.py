@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeVar
@@ -81,7 +82,8 @@ class CarriedRun:
     def restore(self) -> int:
         """Put into the run's folder what it lacks; return the number of texts whose states were computed again.
 
-        Raises SettingsError for a missing or damaged piece.
+        When the run's time is up, the texts that are left are for the next time. Raises SettingsError for a missing or
+        damaged piece.
         """
         run, count = self._run, 0
         if not run.prompts.is_file() and PROMPTS in self._contents.files:
@@ -94,8 +96,9 @@ class CarriedRun:
             if name.startswith(TEXTS)
         }
         missing = {name: shard for name, shard in found.items() if not shard.is_file()}
-        computed = run.with_states(self._tokens(name) for name in missing)
-        for shard, texts in zip(missing.values(), computed, strict=True):
+        in_time = takewhile(lambda _: not run.time_is_up, missing)
+        computed = run.with_states(self._tokens(name) for name in in_time)
+        for shard, texts in zip(missing.values(), computed, strict=False):  # fewer, when the time is up
             shards.save(shard, texts)
             count += len(texts)
         if not run.checkpoint.is_file() and CHECKPOINT in self._contents.files:
