@@ -289,6 +289,7 @@ class Sessions:
         now = monotonic()
         self._admission.update(load, now * 1000)
         self._silence.mixes = load.mixed_arithmetic
+        self._silence.turns.room_awaited = load.without_room > 0
         self._load = now, load
         for session in self._running.values():
             if now - session.wait.since_s <= BACKLOG_S:

@@ -111,6 +111,8 @@ class Load(Message):
     queue_ms: Milliseconds
     """Recent time from a round's arrival to its batch; 0 when no round was sent lately."""
     pending: Count
+    without_room: Count = 0
+    """Sessions that wait until the verifiers' KV caches have room for them; 0 from a scheduler of a version without."""
     draft_cap: Count
     """Longest draft worth sending now."""
     mixed_arithmetic: bool = False

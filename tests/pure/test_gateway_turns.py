@@ -40,6 +40,20 @@ def test_running_sessions_take_turns_before_one_that_has_no_drafter_yet() -> Non
     assert order.idle_s(waiting, 400) == 400 - 318, "only later requests are served, so nobody works on it"
 
 
+def test_a_wait_for_room_in_the_caches_is_no_stall_in_a_pool_of_ones_own() -> None:
+    order, running, waiting = TurnOrder(), new(0), new(10, "device.own")
+    for now_s in range(20, 320, 2):
+        order.record(running, now_s)
+    assert order.idle_s(waiting, 318) > 290, "a pool of its own has a drafter with room"
+    order.room_awaited = True
+    assert order.idle_s(waiting, 318) == 0
+    assert order.idle_s(waiting, 400) == 82, "nobody with room goes on"
+    later = new(300)
+    for now_s in range(320, 400, 2):
+        order.record(later, now_s)
+    assert order.idle_s(waiting, 400) == 82, "who came later may not pass for ever"
+
+
 def test_a_session_that_is_passed_over_is_idle() -> None:
     order, stuck, others = TurnOrder(), new(0), [new(0) for _ in range(5)]
     order.record(stuck, 1)

@@ -6,7 +6,8 @@ about in order of arrival. So a session is waiting in a working queue while turn
 
 - whose wait began before its own, or
 - that were started before it in the same pool of drafters, as long as it has had no turn itself: its request may be
-  in the queue of a drafter that has no room.
+  in the queue of a drafter that has no room. While the scheduler reports sessions that wait for room in the verifiers'
+  KV caches, those of all pools count: the session may be one that waits, and a cache is for all pools.
 
 When only later sessions get turns, the session has been passed over, and nobody works on it.
 
@@ -79,6 +80,8 @@ class TurnOrder:
     def __init__(self) -> None:
         self._by_wait = _Turns()
         self._by_start: dict[str, _Turns] = {}
+        self.room_awaited = False
+        """True while sessions wait for room in the verifiers' KV caches."""
 
     def record(self, wait: Wait, now_s: float) -> None:
         """Record the turn that ends a wait; the next one begins."""
@@ -99,6 +102,9 @@ class TurnOrder:
         )
         if not wait.had_turn and wait.pool in self._by_start:
             last_s = max(last_s, self._by_start[wait.pool].last(wait.started_s))
+        if not wait.had_turn and self.room_awaited:
+            earlier = (turns.last(wait.started_s + OVERTAKING_S) for turns in self._by_start.values())
+            last_s = max(last_s, *earlier, -math.inf)
         return now_s - last_s - wait.paused_s
 
     def forget(self, before_s: float) -> None:

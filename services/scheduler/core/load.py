@@ -158,6 +158,7 @@ def load_message(
         price_ms=price,
         queue_ms=averages.queue.ms(now_ms),
         pending=fleet.pending_count,
+        without_room=len(fleet.waiting),
         draft_cap=draft_cap,
         mixed_arithmetic=mix,
         verifiers=len(usable),
