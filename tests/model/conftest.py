@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tiny_families import FAMILIES
 
 from services.tools.local.folder import state_folder
 from shared.models.prepare import prepare
@@ -25,6 +24,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     Files that use it belong to the group `families` of `tests/groups.py`, so that one worker makes the models.
     """
+    # Here, as it loads torch and transformers: the process that hands out tests to the workers needs neither.
+    from tiny_families import FAMILIES
 
     @cache
     def made(name: str) -> Path:

@@ -61,6 +61,7 @@ def generated(target: ModelFolder, tmp_path: Path) -> TrainingRun:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_is_finished_by_machines_that_start_empty(target: ModelFolder, tmp_path: Path) -> None:
     carry, draft = tmp_path / "carry", tmp_path / "draft"
     train_draft(TrainingRun(CONFIG, target, tmp_path / "first", until_s=NO_TIME), draft, carry)

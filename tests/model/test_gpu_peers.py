@@ -37,6 +37,8 @@ import sys
 from multiprocessing.connection import Connection
 from shared.engine.followers import Failed, Loaded, Started
 
+pytestmark = pytest.mark.slow
+
 connection = Connection(int(sys.argv[-1]))
 task = connection.recv()
 connection.send(Started(None))

@@ -124,6 +124,7 @@ def learn_all(learner: DraftLearner, texts: Sequence[GeneratedText]) -> Iterator
                 yield report
 
 
+@pytest.mark.slow
 def test_a_draft_learns_and_its_weights_are_taken(learned: tuple[DraftLearner, list[LearningReport]]) -> None:
     _, reports = learned
     taken = [report for report in reports if report.outcome is LearningOutcome.TAKEN]
@@ -154,6 +155,7 @@ def test_learned_weights_are_accepted_in_serving_too(
     assert after == pytest.approx(learned[1][-1].acceptance, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_same_texts_give_the_same_weights(
     learned: tuple[DraftLearner, list[LearningReport]],
     target: ModelFolder,
@@ -164,6 +166,7 @@ def test_the_same_texts_give_the_same_weights(
     assert replace(first, weights=None) == replace(learned[1][0], weights=None)
 
 
+@pytest.mark.slow
 def test_worse_weights_are_rolled_back(
     good: HiddenDraftFolder, draft: HiddenDraftFolder, target: ModelFolder, texts: list[GeneratedText]
 ) -> None:
@@ -177,6 +180,7 @@ def test_worse_weights_are_rolled_back(
     assert all(np.array_equal(values, shipped[name]) for name, values in report.weights.items())
 
 
+@pytest.mark.slow
 def test_a_candidate_that_becomes_worse_begins_again(
     good: HiddenDraftFolder, target: ModelFolder, texts: list[GeneratedText]
 ) -> None:
@@ -189,6 +193,7 @@ def test_a_candidate_that_becomes_worse_begins_again(
     assert learner.version == 0
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_back_to_the_shipped_ones(
     draft: HiddenDraftFolder, target: ModelFolder, texts: list[GeneratedText]
 ) -> None:
@@ -237,6 +242,7 @@ class SwappingDrafts(HiddenDrafts):
         return drafts
 
 
+@pytest.mark.slow
 def test_swapping_weights_within_a_session_changes_no_text(
     good: HiddenDraftFolder, draft: HiddenDraftFolder, target: ModelFolder, texts: list[GeneratedText]
 ) -> None:

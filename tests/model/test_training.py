@@ -305,6 +305,7 @@ def test_a_run_without_texts_is_refused(run: TrainingRun, tmp_path: Path) -> Non
         TrainingRun(run.config, run.target, tmp_path).train(lambda _: None)
 
 
+@pytest.mark.slow
 def test_the_draft_learns_the_targets_choices(
     run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]]
 ) -> None:
@@ -337,6 +338,7 @@ def test_only_a_device_with_bfloat16_instructions_trains_in_it(
     assert computed == {dtype}
 
 
+@pytest.mark.slow
 def test_a_stopped_training_resumes_from_its_checkpoint(
     run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]]
 ) -> None:
@@ -347,6 +349,7 @@ def test_a_stopped_training_resumes_from_its_checkpoint(
     assert all(torch.equal(source[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_draft_is_trained_further(
     run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]], tmp_path: Path
 ) -> None:
@@ -372,6 +375,7 @@ def test_known_tokens_win_among_equally_frequent_ones() -> None:
     assert frequent_tokens([text], 8, 4, torch.tensor([1, 6])).tolist() == [3, 5, 1, 6]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(
     run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]]
 ) -> None:
@@ -380,6 +384,7 @@ def test_a_checkpoint_of_another_shape_is_refused(
         TrainingRun(two, run.target, run.folder).train(lambda _: None)
 
 
+@pytest.mark.slow
 def test_a_draft_for_another_vocabulary_is_refused(
     trained: tuple[HiddenDraftFolder, list[TrainingProgress]], tmp_path: Path
 ) -> None:

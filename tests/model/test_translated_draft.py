@@ -21,6 +21,8 @@ from shared.messages import LogitRules, Sampling
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 LINES = [
     "The international train leaves the station every morning at 10:45, and arrives in Köln before noon.",
     "def internationals(people):\n    return [each for each in people if each.country is not None]",

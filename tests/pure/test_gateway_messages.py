@@ -9,9 +9,8 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from sys import float_info
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import httpx
 import httpx2
 import pytest
@@ -22,6 +21,9 @@ from test_gateway_tools import CALL, HERMES_CALL, HERMES_TEMPLATE, ROOM, WEATHER
 
 from services.gateway.core.reasoning import TAGS
 from shared.messages import REASONING_BUDGET, RULES, LogitRules, ReasoningBudget, features_of
+
+if TYPE_CHECKING:
+    import anthropic  # at run time only where it is used: it takes two seconds, in each worker of the tests
 
 BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL: dict[str, Any] = {
@@ -35,6 +37,8 @@ BOTH = "Let me look.\n" + "\n".join([HERMES_CALL.partition("\n")[2]] * 2)
 
 
 def client_of(app: App) -> anthropic.AsyncAnthropic:
+    import anthropic
+
     http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app.asgi))
     return anthropic.AsyncAnthropic(api_key="none", base_url="http://127.0.0.1:8000", http_client=http, max_retries=0)
 
@@ -473,6 +477,8 @@ async def test_a_wrong_form_is_named(app: App, config: dict[str, Any], param: st
 
 
 async def test_the_official_client_knows_the_errors(app: App) -> None:
+    import anthropic
+
     with pytest.raises(anthropic.NotFoundError):
         await client_of(app).messages.create(**BODY | {"model": "other"})
     with pytest.raises(anthropic.BadRequestError, match="typical_p is not supported here"):
