@@ -229,6 +229,28 @@ async def test_waiting_behind_another_gateways_sessions_is_no_stall(
     assert error_of(await asking, 504)["code"] == "timeout"
 
 
+@pytest.mark.parametrize("without_room", [0, 1])
+async def test_waiting_for_room_behind_another_pool_is_no_stall(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, without_room: int
+) -> None:
+    app, clock = App(folder, stall_timeout_s=5), Clock(monkeypatch)
+    app.services.draft = None
+    other = MemoryTransport(app.services, "other")
+    app.services.pools.add("elsewhere")
+    await other.start(builders.generate("older", gateway="other"), "elsewhere")
+    watching = asyncio.create_task(app.sessions.watch())
+    asking = asyncio.create_task(app.chat())
+    await eventually(lambda: len(app.generated) == 2)
+    await app.sessions.receive(builders.load(without_room=without_room, verifiers=1))
+    for _ in range(15):
+        await app.services.commit("older", [7])
+        await clock.skip(0.9)
+    assert asking.done() == (not without_room)
+    await clock.skip(5.5)
+    watching.cancel()
+    assert error_of(await asking, 504)["code"] == "timeout"
+
+
 async def test_a_session_without_results_is_answered_from_its_state(folder: ModelFolder) -> None:
     app = App(folder, idle_check_s=0.1)
     app.silent = True

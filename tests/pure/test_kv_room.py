@@ -89,6 +89,7 @@ def test_sessions_beyond_the_cache_begin_when_others_end() -> None:
     begun = served(d, 10.0)
     assert sorted(begun) == [f"s{i}" for i in range(HOLDS)]
     assert sorted(d.fleet.waiting) == [f"s{HOLDS}", f"s{HOLDS + 1}"]
+    assert d.load(0.0).without_room == 2
     assert d.fleet.pending_count == 2
     assert d.fleet.pending_round(f"s{HOLDS}") is not None
     d.on_result(finished("s0", PROMPT + 1, Finish.STOP), 20.0)
