@@ -17,6 +17,7 @@ from services.tools.bench.load.core.distributions import (
     Positive,
     WeightedPart,
     WorkloadPart,
+    dealt,
     draw,
     one_of,
 )
@@ -184,12 +185,7 @@ class Scenario(WorkloadPart):
 
     def hardware(self, session: int) -> str:
         """Return a session's hardware profile, dealt out so that any number of sessions is close to the shares."""
-        while len(self._dealt) <= session:
-            total = len(self._dealt) + 1
-            share = sum(device.weight for device in self.devices)
-            owed = [device.weight / share * total - self._dealt.count(device.profile) for device in self.devices]
-            self._dealt.append(self.devices[owed.index(max(owed))].profile)
-        return self._dealt[session]
+        return dealt([(device.profile, device.weight) for device in self.devices], self._dealt, session)
 
     @cached_property
     def _dealt(self) -> list[str]:

@@ -99,6 +99,18 @@ def one_of(parts: Sequence[W], rng: random.Random) -> W:
     return rng.choices(parts, [part.weight for part in parts])[0]
 
 
+def dealt(shares: Sequence[tuple[str, float]], hand: list[str], number: int) -> str:
+    """Return name `number` of a deal, counted from 0, in which any number of names is close to the shares.
+
+    shares: names and weights. hand: the names so far, which grow.
+    """
+    total = sum(weight for _, weight in shares)
+    while len(hand) <= number:
+        owed = [weight / total * (len(hand) + 1) - hand.count(name) for name, weight in shares]
+        hand.append(shares[owed.index(max(owed))][0])
+    return hand[number]
+
+
 def draw(mixture: Sequence[Any], rng: random.Random) -> float:
     """Draw a value from a mixture of distributions."""
     drawn: float = one_of(mixture, rng).draw(rng)
