@@ -98,6 +98,21 @@ def reads_wall_clock(module: str) -> bool:
     return False
 
 
+def test_no_process_computes_with_code_that_it_compiled_itself() -> None:
+    """Only the process that writes the object file loads numba.
+
+    numba's just-in-time code once had other bits in the process that compiled it than in one that loaded it from
+    numba's cache, so that two verifiers of a new checkout gave different texts.
+    """
+    source = "shared.kernels.source"
+    inside = {name for name in modules() if f"{name}.".startswith(f"{source}.")}
+    loaders = {name for name in modules() if any(found.module.split(".")[0] == "numba" for found in imports(name))}
+    assert loaders
+    assert loaders <= inside
+    importers = {name for name in modules() if any(found.target in inside for found in imports(name))}
+    assert importers - inside == {"shared.kernels.native"}, "it runs `python -m` of it"
+
+
 @pytest.mark.parametrize("service", ["gateway", "scheduler", "verifier", "drafter", "baseline", "drain_order"])
 def test_a_service_that_decides_has_a_pure_package(service: str) -> None:
     assert f"services.{service}.core" in pure_packages()
