@@ -112,7 +112,7 @@ def _text_part(
     return partial(_make_text_part, kind=kind, text=text, options=options, newer=newer)
 
 
-def _family(kind: type[PreTrainedConfig], old: dict[str, Any] | None = None, **options: Any) -> Callable[[Path], Path]:
+def family(kind: type[PreTrainedConfig], old: dict[str, Any] | None = None, **options: Any) -> Callable[[Path], Path]:
     return partial(_make, kind=kind, old=old, options=options)
 
 
@@ -126,28 +126,28 @@ GEMMA3_TEXT = {
 }
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "llama": _family(LlamaConfig),
-    "llama-biases": _family(LlamaConfig, attention_bias=True, mlp_bias=True, head_dim=20, tie_word_embeddings=True),
-    "llama-gelu": _family(LlamaConfig, hidden_act="gelu"),
-    "llama-old": _family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": None}),
-    "llama-linear": _family(LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
-    "llama-linear-old": _family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
-    "llama-dynamic": _family(LlamaConfig, rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
-    "llama-yarn": _family(LlamaConfig, rope_parameters=YARN),
-    "llama-yarn-options": _family(
+    "llama": family(LlamaConfig),
+    "llama-biases": family(LlamaConfig, attention_bias=True, mlp_bias=True, head_dim=20, tie_word_embeddings=True),
+    "llama-gelu": family(LlamaConfig, hidden_act="gelu"),
+    "llama-old": family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": None}),
+    "llama-linear": family(LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
+    "llama-linear-old": family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama-dynamic": family(LlamaConfig, rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+    "llama-yarn": family(LlamaConfig, rope_parameters=YARN),
+    "llama-yarn-options": family(
         LlamaConfig, rope_parameters={**YARN, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16}
     ),
-    "llama-yarn-old": _family(LlamaConfig, {"rope_scaling": {"type": "yarn", "factor": 8.0}}),
-    "llama-llama3": _family(LlamaConfig, rope_parameters={**LLAMA3, "rope_theta": 500.0}, head_dim=16),
-    "llama-llama3-old": _family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": LLAMA3}, head_dim=16),
-    "mistral": _family(MistralConfig, sliding_window=WINDOW, head_dim=24),
-    "mistral-full": _family(MistralConfig, sliding_window=None),
-    "qwen2": _family(Qwen2Config, tie_word_embeddings=True),
-    "qwen2-windows": _family(
+    "llama-yarn-old": family(LlamaConfig, {"rope_scaling": {"type": "yarn", "factor": 8.0}}),
+    "llama-llama3": family(LlamaConfig, rope_parameters={**LLAMA3, "rope_theta": 500.0}, head_dim=16),
+    "llama-llama3-old": family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": LLAMA3}, head_dim=16),
+    "mistral": family(MistralConfig, sliding_window=WINDOW, head_dim=24),
+    "mistral-full": family(MistralConfig, sliding_window=None),
+    "qwen2": family(Qwen2Config, tie_word_embeddings=True),
+    "qwen2-windows": family(
         Qwen2Config, num_hidden_layers=3, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
-    "qwen3": _family(Qwen3Config, head_dim=32, attention_bias=True),
-    "qwen3-windows": _family(
+    "qwen3": family(Qwen3Config, head_dim=32, attention_bias=True),
+    "qwen3-windows": family(
         Qwen3Config,
         num_hidden_layers=4,
         head_dim=16,
@@ -155,22 +155,22 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         sliding_window=WINDOW,
         layer_types=TYPES,
     ),
-    "smollm3": _family(SmolLM3Config, num_hidden_layers=4, attention_bias=True, mlp_bias=True),
-    "smollm3-windows": _family(
+    "smollm3": family(SmolLM3Config, num_hidden_layers=4, attention_bias=True, mlp_bias=True),
+    "smollm3-windows": family(
         SmolLM3Config,
         num_hidden_layers=4,
         no_rope_layers=[1, 0, 0, 1],
         use_sliding_window=True,
         sliding_window=WINDOW,
     ),
-    "gemma": _family(GemmaConfig, head_dim=16),
-    "gemma-old": _family(
+    "gemma": family(GemmaConfig, head_dim=16),
+    "gemma-old": family(
         GemmaConfig,
         {"rope_theta": 500.0, "hidden_act": "gelu", "hidden_activation": None},
         head_dim=16,
         attention_bias=True,
     ),
-    "gemma2": _family(
+    "gemma2": family(
         Gemma2Config,
         num_hidden_layers=3,
         head_dim=16,
@@ -179,7 +179,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=5.0,
     ),
-    "gemma2-no-caps": _family(
+    "gemma2-no-caps": family(
         Gemma2Config,
         head_dim=16,
         query_pre_attn_scalar=24,
@@ -187,7 +187,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         final_logit_softcapping=None,
         tie_word_embeddings=False,
     ),
-    "gemma3": _family(
+    "gemma3": family(
         Gemma3TextConfig,
         num_hidden_layers=4,
         head_dim=16,
@@ -200,7 +200,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
-    "gemma3-old": _family(
+    "gemma3-old": family(
         Gemma3TextConfig,
         {
             "rope_theta": 1_000.0,
@@ -248,7 +248,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         vision_start_token_id=5,
         vision_end_token_id=6,
     ),
-    "granite": _family(
+    "granite": family(
         GraniteConfig,
         embedding_multiplier=3.0,
         residual_multiplier=0.5,
@@ -256,30 +256,30 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         attention_multiplier=0.1,
         tie_word_embeddings=True,
     ),
-    "granite-biases": _family(GraniteConfig, attention_bias=True, mlp_bias=True, attention_multiplier=0.1),
-    "olmo2": _family(Olmo2Config, attention_bias=True),
-    "olmo3": _family(
+    "granite-biases": family(GraniteConfig, attention_bias=True, mlp_bias=True, attention_multiplier=0.1),
+    "olmo2": family(Olmo2Config, attention_bias=True),
+    "olmo3": family(
         Olmo3Config,
         num_hidden_layers=4,
         sliding_window=WINDOW,
         rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}},
     ),
-    "olmo3-old": _family(
+    "olmo3-old": family(
         Olmo3Config,
         {"rope_theta": 500_000.0, "rope_scaling": {**YARN, "rope_theta": 500_000.0}},
         num_hidden_layers=4,
         sliding_window=WINDOW,
     ),
-    "phi3": _family(Phi3Config),
-    "phi3-partial": _family(
+    "phi3": family(Phi3Config),
+    "phi3-partial": family(
         Phi3Config,
         num_key_value_heads=1,
         sliding_window=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     ),
-    "phi3-long": _family(Phi3Config, original_max_position_embeddings=16, rope_parameters={**LONGROPE}),
-    "phi3-short": _family(Phi3Config, original_max_position_embeddings=1024, rope_parameters={**LONGROPE}),
-    "phi3-long-old": _family(
+    "phi3-long": family(Phi3Config, original_max_position_embeddings=16, rope_parameters={**LONGROPE}),
+    "phi3-short": family(Phi3Config, original_max_position_embeddings=1024, rope_parameters={**LONGROPE}),
+    "phi3-long-old": family(
         Phi3Config,
         {
             "rope_theta": 500.0,

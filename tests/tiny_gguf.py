@@ -56,10 +56,11 @@ def write(
     *,
     architecture: str = "llama",
     changes: Mapping[str, Any] | None = None,
+    added: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
     """Write a model. kind: returns the type of a tensor. fields: settings of the architecture, by name. changes: other
-    values of metadata by their whole key, None for none."""
+    values of metadata by their whole key, None for none. added: further metadata."""
     writer: Any = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
@@ -84,6 +85,9 @@ def write(
         del writer.kv_data[0][key]
         if value is not None:
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for key, value in (added or {}).items():
+        of = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, of)
     for name, weight in (tensors() if weights is None else weights).items():
         writer.add_tensor(name, gguf.quantize(weight, kind(name)), raw_dtype=kind(name))
     writer.write_header_to_file()

@@ -18,7 +18,7 @@ from shared.models.description import ModelDescription, WeightName, weight_names
 from shared.models.families import describe
 from shared.models.folder import GGUF, no_gguf_file
 from shared.models.gguf_file import GgufFile
-from shared.models.gguf_llama import LlamaTensor, llama_tensors
+from shared.models.gguf_tensors import ModelTensor, model_tensors
 from shared.models.shapes import check_shapes, refusals
 from shared.models.weight_files import FLOATS, UNQUANTIZED, read_config, refuse_quantized, stored_tensors
 
@@ -110,7 +110,7 @@ class GgufWeights:
         if not (folder / GGUF).is_file():
             raise no_gguf_file(folder)
         file = GgufFile(folder / GGUF)
-        self._tensors = llama_tensors(file)
+        self._tensors = model_tensors(file)
         if not any(tensor.tensor.type.name in BLOCK_BYTES for tensor in self._tensors.values()):
             kinds = sorted({tensor.tensor.type.name for tensor in self._tensors.values()})
             raise ModelError(
@@ -132,19 +132,15 @@ class GgufWeights:
         """Every type of GGUF holds weights."""
 
     def read(self, weight: WeightName) -> Matrix:
-        matrix = _matrix(self._tensors[weight.name])
-        if weight.rows is not None:
-            raise ModelError(
-                f"{weight.name} is a part of a tensor, which a Llama model in GGUF does not have; use bfloat16"
-            )
-        return matrix
+        tensor = self._tensors[weight.name]
+        return _matrix(tensor if weight.rows is None else tensor.part(weight.first_row, weight.rows))
 
 
-def _matrix(tensor: LlamaTensor) -> Matrix:
+def _matrix(tensor: ModelTensor) -> Matrix:
     kind = tensor.tensor.type.name
     if kind in BLOCK_BYTES and len(tensor.tensor.shape) == 2:
         return blocks_of(kind, tensor.data())
-    if kind == "BF16":
+    if kind == "BF16" and len(tensor.tensor.shape) == 2:
         return tensor.data().view("<u2")
     return tensor.values()
 

@@ -10,7 +10,7 @@ __all__ = [
     "folder",
     "generation",
     "gguf_file",
-    "gguf_llama",
+    "gguf_tensors",
     "hidden_states",
     "prepare",
     "rope",

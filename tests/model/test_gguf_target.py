@@ -23,7 +23,7 @@ from shared.models.description import WeightName
 from shared.models.families import describe
 from shared.models.folder import ModelFolder
 from shared.models.gguf_file import GgufFile
-from shared.models.gguf_llama import llama_tensors
+from shared.models.gguf_tensors import model_tensors
 from shared.models.prepare import prepare
 
 TOKENS = [7 * i % tiny_gguf.VOCAB for i in range(100)]
@@ -43,7 +43,7 @@ def logits(folder: Path, dtype: str) -> torch.Tensor:
 
 def of_float32(folder: Path) -> Floats:
     """Logits of the dequantized weights in float32, with keys and values as the engine has them."""
-    tensors = llama_tensors(GgufFile(folder / "model.gguf"))
+    tensors = model_tensors(GgufFile(folder / "model.gguf"))
     model = describe(json.loads((folder / "config.json").read_text()), tensors)
 
     def read(name: WeightName) -> Floats:
@@ -172,14 +172,14 @@ def test_a_folder_that_is_not_from_a_file_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_error_names_the_part_that_cannot_be_converted(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    gemma = tiny_gguf.write(tmp_path / "gemma.gguf", architecture="gemma")
-    with pytest.raises(ModelError, match="holds a gemma model"):
-        prepare(gemma, models)
-    scaled = tiny_gguf.write(tmp_path / "scaled.gguf", **{"rope.scaling.type": "yarn"})
+    other = tiny_gguf.write(tmp_path / "other.gguf", architecture="glm4")
+    with pytest.raises(ModelError, match="holds a glm4 model"):
+        prepare(other, models)
+    scaled = tiny_gguf.write(tmp_path / "scaled.gguf", **{"rope.scaling.type": "longrope"})
     with pytest.raises(ModelError, match="position embedding is scaled"):
         prepare(scaled, models)
-    extra = tiny_gguf.tensors() | {"rope_freqs.weight": np.ones(8, np.float32)}
-    with pytest.raises(ModelError, match=r"'rope_freqs\.weight' has no place"):
+    extra = tiny_gguf.tensors() | {"rope_factors_long.weight": np.ones(8, np.float32)}
+    with pytest.raises(ModelError, match=r"'rope_factors_long\.weight' has no place"):
         prepare(tiny_gguf.write(tmp_path / "extra.gguf", extra, lambda name: Kind.F32), models)
     assert [path for path in models.iterdir() if path.is_dir()] == []
 
