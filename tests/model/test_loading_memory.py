@@ -47,7 +47,7 @@ before, seen, ended = held(), [], threading.Event()
 def watch():
     while not ended.wait(0.001):
         seen.append(held())
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 loaded = load()
 seen.append(held())
