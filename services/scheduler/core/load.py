@@ -28,12 +28,16 @@ PREFILL_TOKENS = 256
 class RecentWait:
     """A moving average of the rounds' waits. It is forgotten when no round was sent for `WINDOW_MS`."""
 
+    first_share: float = 1.0
+    """Share of the first wait in the average: `SMOOTHING` where one long wait alone should change little."""
     _mean_ms: float = 0.0
     _sent_ms: float = -math.inf
 
     def learn(self, wait_ms: float, now_ms: float) -> None:
         """Update from a round that is sent."""
-        self._mean_ms += (SMOOTHING if self._is_recent(now_ms) else 1.0) * (wait_ms - self._mean_ms)
+        share = SMOOTHING if self._is_recent(now_ms) else self.first_share
+        before_ms = self.ms(now_ms)
+        self._mean_ms = before_ms + share * (wait_ms - before_ms)
         self._sent_ms = now_ms
 
     def ms(self, now_ms: float) -> float:
@@ -59,7 +63,7 @@ class LoadAverages:
     """Rounds in a batch."""
     away_ms: float | None = None
     """Time between a session's rounds."""
-    queue: RecentWait = field(default_factory=RecentWait)
+    queue: RecentWait = field(default_factory=lambda: RecentWait(first_share=SMOOTHING))
     """Time from a round's arrival to its batch, of rounds after a session's first."""
     queue_of: dict[str, RecentWait] = field(default_factory=dict)
     """Time from the arrival of any round to its batch, for each service class."""
