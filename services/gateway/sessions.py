@@ -289,7 +289,8 @@ class Sessions:
         now = monotonic()
         self._admission.update(load, now * 1000)
         self._silence.mixes = load.mixed_arithmetic
-        self._silence.turns.room_awaited = load.without_room > 0
+        if load.without_room:
+            self._silence.turns.record_room_awaited(now)
         self._load = now, load
         for session in self._running.values():
             if now - session.wait.since_s <= BACKLOG_S:

@@ -45,13 +45,25 @@ def test_a_wait_for_room_in_the_caches_is_no_stall_in_a_pool_of_ones_own() -> No
     for now_s in range(20, 320, 2):
         order.record(running, now_s)
     assert order.idle_s(waiting, 318) > 290, "a pool of its own has a drafter with room"
-    order.room_awaited = True
+    order.record_room_awaited(318)
     assert order.idle_s(waiting, 318) == 0
+    order.record_room_awaited(400)
     assert order.idle_s(waiting, 400) == 82, "nobody with room goes on"
     later = new(300)
     for now_s in range(320, 400, 2):
         order.record(later, now_s)
     assert order.idle_s(waiting, 400) == 82, "who came later may not pass for ever"
+
+
+def test_a_session_that_has_got_room_has_time_for_its_first_turn() -> None:
+    order, running, waiting = TurnOrder(), new(0), new(10, "device.own")
+    for now_s in range(20, 320, 2):
+        order.record(running, now_s)
+        order.record_room_awaited(now_s)
+    assert order.idle_s(waiting, 330) == 12, "nobody waits for room any more"
+    for now_s in range(320, 400, 2):
+        order.record(running, now_s)
+    assert order.idle_s(waiting, 400) == 82, "it has room, and others' turns are no reason to wait"
 
 
 def test_a_session_that_is_passed_over_is_idle() -> None:

@@ -6,8 +6,8 @@ about in order of arrival. So a session is waiting in a working queue while turn
 
 - whose wait began before its own, or
 - that were started before it in the same pool of drafters, as long as it has had no turn itself: its request may be
-  in the queue of a drafter that has no room. While the scheduler reports sessions that wait for room in the verifiers'
-  KV caches, those of all pools count: the session may be one that waits, and a cache is for all pools.
+  in the queue of a drafter that has no room. As long as the scheduler reports sessions that wait for room in the
+  verifiers' KV caches, those of all pools count: the session may be one that waits, and a cache is for all pools.
 
 When only later sessions get turns, the session has been passed over, and nobody works on it.
 
@@ -80,18 +80,23 @@ class TurnOrder:
     def __init__(self) -> None:
         self._by_wait = _Turns()
         self._by_start: dict[str, _Turns] = {}
-        self.room_awaited = False
-        """True while sessions wait for room in the verifiers' KV caches."""
+        self._of_all_pools = _Turns()
+        """By start, too."""
+        self._room_awaited_s = -math.inf
 
     def record(self, wait: Wait, now_s: float) -> None:
         """Record the turn that ends a wait; the next one begins."""
         self._by_wait.add(wait.since_s, now_s)
-        self._by_start.setdefault(wait.pool, _Turns()).add(wait.started_s, now_s)
+        self._add_by_start(wait.pool, wait.started_s, now_s)
         wait.since_s, wait.had_turn, wait.paused_s, wait.backlog_s = now_s, True, 0.0, 0.0
 
     def record_elsewhere(self, pool: str, started_s: float, turn_s: float) -> None:
         """Record the last turn of another gateway's session."""
-        self._by_start.setdefault(pool, _Turns()).add(started_s, turn_s)
+        self._add_by_start(pool, started_s, turn_s)
+
+    def record_room_awaited(self, now_s: float) -> None:
+        """Record a report that sessions wait for room in the verifiers' KV caches."""
+        self._room_awaited_s = now_s
 
     def idle_s(self, wait: Wait, now_s: float) -> float:
         """Return how long neither the session nor one that goes before it has had a turn."""
@@ -102,14 +107,19 @@ class TurnOrder:
         )
         if not wait.had_turn and wait.pool in self._by_start:
             last_s = max(last_s, self._by_start[wait.pool].last(wait.started_s))
-        if not wait.had_turn and self.room_awaited:
-            earlier = (turns.last(wait.started_s + OVERTAKING_S) for turns in self._by_start.values())
-            last_s = max(last_s, *earlier, -math.inf)
+        if not wait.had_turn:
+            # Up to the last report: the session may have room since then, and its prompt takes a moment.
+            last_s = max(last_s, min(self._of_all_pools.last(wait.started_s + OVERTAKING_S), self._room_awaited_s))
         return now_s - last_s - wait.paused_s
+
+    def _add_by_start(self, pool: str, started_s: float, turn_s: float) -> None:
+        self._by_start.setdefault(pool, _Turns()).add(started_s, turn_s)
+        self._of_all_pools.add(started_s, turn_s)
 
     def forget(self, before_s: float) -> None:
         """Forget the turns before that time."""
         self._by_wait.forget(before_s)
+        self._of_all_pools.forget(before_s)
         for turns in self._by_start.values():
             turns.forget(before_s)
         self._by_start = {pool: turns for pool, turns in self._by_start.items() if turns.times_s}
