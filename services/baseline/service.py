@@ -26,7 +26,7 @@ from shared.runtime.health import HEALTH
 
 async def serve(settings: BaselineSettings, instance: str, stop: asyncio.Event) -> None:
     """Serve the HTTP API until `stop` is set, then end in order."""
-    model = ServedModel.load(settings, settings.model_name)
+    model = await asyncio.to_thread(ServedModel.load, settings, settings.model_name)
     listener = listen(settings.host, settings.port)
     async with started(settings, instance) as engine:
         logging.get().info("engine ready", serving=settings.serving)

@@ -31,7 +31,8 @@ REAP_S = 5.0
 
 async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -> None:
     """Serve the HTTP API until `stop` is set, then end in order."""
-    model = ServedModel.load(settings, settings.model_name)
+    # Not in the event loop, which answers /live: of a model on a volume, it reads all weights.
+    model = await asyncio.to_thread(ServedModel.load, settings, settings.model_name)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     listener = listen(settings.host, settings.port)
     topology = settings.topology
