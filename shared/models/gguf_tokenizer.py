@@ -18,6 +18,8 @@ _OTHER_SOURCE = "Give the model's Hugging Face folder instead."
 # llama.cpp's other types of tokens.
 _NORMAL_TOKEN, _USER_DEFINED_TOKEN = 1, 4
 _SPACE = "▁"
+_LONGEST = 1024
+"""Most characters of a token whose merges are looked for, which takes the square of their number."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -78,6 +80,8 @@ def tokenizer_of(file: GgufFile) -> dict[str, Any]:
             f"{file.path} has {len(tokens)} tokens, and types for {len(kinds)} (tokenizer.ggml.token_type). "
             "Download the file again."
         )
+    if not tokens:
+        raise ModelError(f"{file.path} has an empty vocabulary (tokenizer.ggml.tokens). Download the file again.")
     return {
         "version": "1.0",
         "truncation": None,
@@ -162,9 +166,16 @@ def _sentencepiece(file: GgufFile, tokens: Sequence[str], kinds: Sequence[int]) 
             raise ModelError(
                 f"{file.path}: the tokenizer changes texts ({key}), which is not converted. {_OTHER_SOURCE}"
             )
-    scores = file.fields.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ModelError(f"{file.path} has no score for each token (tokenizer.ggml.scores). Download the file again.")
+    scores = file.numbers("tokenizer.ggml.scores")
+    if len(scores) != len(tokens):
+        raise ModelError(
+            f"{file.path} has {len(tokens)} tokens, and {len(scores)} scores (tokenizer.ggml.scores). "
+            "Download the file again."
+        )
+    if (longest := max(map(len, tokens))) > _LONGEST:
+        raise ModelError(
+            f"{file.path} has a token of {longest} characters; at most {_LONGEST} can be converted. {_OTHER_SOURCE}"
+        )
     prefixed = file.flag("tokenizer.ggml.add_space_prefix", True)
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     decoders: list[dict[str, Any]] = [

@@ -105,6 +105,20 @@ def test_metadata_that_may_change_logits_is_refused(tmp_path: Path, name: str, v
         convert_gguf(path, tmp_path, lambda doing, share: None)
 
 
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        ([1.0] * 9, "rope_freqs.weight of shape (9,) has no 8 factors"),
+        ([0.0] * 8, "rope_freqs.weight holds no factors"),
+    ],
+)
+def test_factors_that_fit_no_pairs_are_refused(tmp_path: Path, factors: list[float], reason: str) -> None:
+    weights = tiny_gguf.tensors() | {"rope_freqs.weight": np.array(factors, np.float32)}
+    path = tiny_gguf.write(tmp_path / "model.gguf", weights, lambda name: Kind.F32)
+    with pytest.raises(ModelError, match=re.escape(reason)):
+        convert_gguf(path, tmp_path, lambda doing, share: None)
+
+
 def test_a_family_that_is_not_known_is_refused_by_its_name(tmp_path: Path) -> None:
     path = tiny_gguf.write(tmp_path / "model.gguf", architecture="glm4")
     with pytest.raises(ModelError, match=r"holds a glm4 model; of GGUF files, those of llama, qwen2, .* can be"):

@@ -20,7 +20,7 @@ from shared.errors import ModelError
 from shared.models.convert import convert_gguf
 from shared.models.folder import ModelFolder
 from shared.models.gguf_file import GgufFile
-from shared.models.gguf_tokenizer import PRE_TOKENIZERS
+from shared.models.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_of
 from shared.models.text import Tokenizer
 
 TEXTS = [
@@ -53,6 +53,7 @@ def write(path: Path, architecture: str, metadata: dict[str, Any]) -> Path:
     old = ("tokens", "token_type", "merges", "model", "pre")
     changes = {f"tokenizer.ggml.{key}": metadata.pop(f"tokenizer.ggml.{key}", None) for key in old}
     changes["tokenizer.ggml.eos_token_id"] = None
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     return tiny_gguf.write(
         path, weights, lambda name: Kind.F32, architecture=architecture, changes=changes, added=metadata
     )
@@ -107,10 +108,13 @@ def folder_of(path: Path) -> ModelFolder:
     return ModelFolder(folder)
 
 
-def pairs_of_texts(path: Path) -> Iterator[tuple[Tokenizer, str, list[int]]]:
+def pairs_of_texts(path: Path, pre: str) -> Iterator[tuple[Tokenizer, str, list[int]]]:
     """The tokenizer with each text and transformers' ids of it."""
     architecture, metadata, _config = reference.get_gguf_tokenizer(str(path))
     backend, _ = reference.convert_gguf_tokenizer(architecture, metadata)
+    # transformers merges words that are tokens, where the models' own tokenizers take them whole.
+    model: Any = backend.model
+    model.ignore_merges = PRE_TOKENIZERS[pre].ignores_merges
     tokenizer = Tokenizer(folder_of(path))
     for text in [*TEXTS, "a<think>b  c</s> d"]:
         yield tokenizer, text, backend.encode(text, add_special_tokens=False).ids
@@ -119,12 +123,8 @@ def pairs_of_texts(path: Path) -> Iterator[tuple[Tokenizer, str, list[int]]]:
 @pytest.mark.parametrize("pre", sorted({*PRE_TOKENIZERS} & {*reference.GGUF_PRE_TOKENIZER_SPLITS, "gpt-2"}))
 def test_byte_level_ids_are_those_of_transformers(pre: str, tmp_path: Path) -> None:
     found = {}
-    for tokenizer, text, expected in pairs_of_texts(byte_level(tmp_path / "model.gguf", pre)):
-        # transformers merges words that are tokens, where the models' own tokenizers take them whole.
-        if PRE_TOKENIZERS[pre].ignores_merges:
-            assert len(tokenizer.encode_part(text)) <= len(expected)
-        else:
-            assert tokenizer.encode_part(text) == expected
+    for tokenizer, text, expected in pairs_of_texts(byte_level(tmp_path / "model.gguf", pre), pre):
+        assert tokenizer.encode_part(text) == expected
         assert tokenizer.decode(tokenizer.encode_part(text)) == text.replace("</s>", "")
         found[text] = tokenizer.encode(text)
     assert (found[TEXTS[0]][0] == 1) == PRE_TOKENIZERS[pre].adds_bos
@@ -176,3 +176,23 @@ def test_the_end_of_a_turn_ends_an_answer_too(tmp_path: Path) -> None:
     assert folder_of(byte_level(tmp_path / "text.gguf", "qwen2")).eos_ids == (2, CONTROL.index("<|end|>"))
     named = byte_level(tmp_path / "named.gguf", "qwen2", **{"tokenizer.ggml.eot_token_id": 0})
     assert folder_of(named).eos_ids == (2, 3, 0)
+    unnamed = byte_level(tmp_path / "unnamed.gguf", "qwen2", **{"tokenizer.ggml.eos_token_id": None})
+    assert folder_of(unnamed).eos_ids == (3,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tokens": [], "token_type": []}, "has an empty vocabulary"),
+        ({"scores": None}, "has no metadata tokenizer.ggml.scores"),
+        ({"scores": ["-1"]}, "tokenizer.ggml.scores is ['-1'], not an array of numbers"),
+        ({"scores": [float("nan")]}, "tokenizer.ggml.scores is [nan], not an array of numbers"),
+        ({"scores": [-1.0]}, "tokens, and 1 scores"),
+        ({"tokens": ["x" * 2000], "token_type": [1], "scores": [0.0]}, "has a token of 2000 characters"),
+    ],
+)
+def test_an_unusable_vocabulary_is_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    file = GgufFile(sentencepiece(tmp_path / "model.gguf", "llama"))
+    file.fields |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    with pytest.raises(ModelError, match=re.escape(reason)):
+        tokenizer_of(file)

@@ -129,6 +129,7 @@ TENSOR = string("t") + struct.pack("<I", 1)
         ([], [TENSOR + struct.pack("<QIQ", 8, 0, 0)] * 2, "two tensors have the same name"),
         ([], [string("t") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0)], "the tensor t has 5 sizes"),
         ([], [TENSOR + struct.pack("<QIQ", 1 << 62, 0, 0)], "the file ends before the tensor t does"),
+        ([], [string(name) + struct.pack("<IQIQ", 1, 1000, 0, 0) for name in "tu"], "its tensors overlap"),
     ],
 )
 def test_a_header_that_makes_no_sense_is_refused(
