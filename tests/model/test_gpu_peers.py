@@ -16,6 +16,8 @@ from import_graph import ROOT
 from shared.engine.followers import Followers
 from shared.errors import EngineError
 
+pytestmark = pytest.mark.slow
+
 RANK = """
 import sys, torch
 from pathlib import Path
@@ -36,8 +38,6 @@ FOLLOWER = """
 import sys
 from multiprocessing.connection import Connection
 from shared.engine.followers import Failed, Loaded, Started
-
-pytestmark = pytest.mark.slow
 
 connection = Connection(int(sys.argv[-1]))
 task = connection.recv()

@@ -135,6 +135,7 @@ def test_a_draft_learns_and_its_weights_are_taken(learned: tuple[DraftLearner, l
     assert reports[-1].updates == len(reports) * OPTIONS.updates
 
 
+@pytest.mark.slow
 def test_learned_weights_are_accepted_in_serving_too(
     learned: tuple[DraftLearner, list[LearningReport]],
     draft: HiddenDraftFolder,

@@ -13,7 +13,7 @@ import torch
 from import_graph import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from shared.models.prepare import prepare
+pytestmark = pytest.mark.slow
 
 MEASURE = """
 import json, sys, threading
@@ -97,9 +97,8 @@ def test_a_second_copy_would_be_seen(sharded: Path, tmp_path: Path) -> None:
     assert peak("twice", sharded, tmp_path) > COPY * size
 
 
-def test_blocks_and_a_conversion_take_no_copy_of_the_model(tmp_path: Path) -> None:
-    folder = prepare("smollm2-135m-instruct", Path(".wisp/models"))
-    assert peak("gguf", folder, tmp_path) < COPY * (folder / "model.gguf").stat().st_size
-    converted = (folder / "model.safetensors").stat().st_size
-    assert peak("conversion", folder, tmp_path) < 0.5 * converted
+def test_blocks_and_a_conversion_take_no_copy_of_the_model(target_folder: Path, tmp_path: Path) -> None:
+    assert peak("gguf", target_folder, tmp_path) < COPY * (target_folder / "model.gguf").stat().st_size
+    converted = (target_folder / "model.safetensors").stat().st_size
+    assert peak("conversion", target_folder, tmp_path) < 0.5 * converted
     assert (tmp_path / "model.safetensors").stat().st_size == converted

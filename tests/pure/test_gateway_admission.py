@@ -145,21 +145,21 @@ def test_an_slo_that_a_lone_verifier_cannot_keep_counts_as_none() -> None:
     assert admission(load(backlog_ms=5000)).ask(demand(prompts=(200,)), 0) is not None
 
 
-def test_an_slo_that_no_verifier_can_keep_is_told_with_what_can_be() -> None:
-    def told(made: Admission, now_ms: float = 0.0, prompt: int = 10, **times: float) -> str:
+def test_times_that_no_verifier_can_keep_are_reported_with_the_least_ones() -> None:
+    def header(made: Admission, now_ms: float = 0.0, prompt: int = 10, **times: float) -> str:
         slo = Slo(**({"ttft_ms": 1000, "tpot_ms": 100} | times))
         return str(made.unreachable(demand(slo=slo, prompts=(prompt,)), now_ms))
 
     made = admission(load(backlog_ms=20_000.0))
-    assert told(made) == told(made, tpot_ms=25.0) == "None", "what load alone breaks is refused"
-    assert told(made, tpot_ms=0.01) == "best-effort; least-tpot-ms=25.0"
-    assert told(made, prompt=2000) == "best-effort; least-ttft-ms=2050.0"
-    assert told(made, ttft_ms=1, tpot_ms=1) == "best-effort; least-ttft-ms=60.0; least-tpot-ms=25.0"
+    assert header(made) == header(made, tpot_ms=25.0) == "None", "what load alone breaks is refused"
+    assert header(made, tpot_ms=0.01) == "best-effort; least-tpot-ms=25.0"
+    assert header(made, prompt=2000) == "best-effort; least-ttft-ms=2050.0"
+    assert header(made, ttft_ms=1, tpot_ms=1) == "best-effort; least-ttft-ms=60.0; least-tpot-ms=25.0"
     runs = admission(load(fixed_ms=14.03, run_own_ms=0.5, round_ms=20.0))
-    assert told(runs, tpot_ms=14.6) == "None", "a run keeps it"
-    assert told(runs, tpot_ms=14.5) == "best-effort; least-tpot-ms=14.6"
-    assert told(admission(), tpot_ms=1) == told(made, STALE_MS + 1, tpot_ms=1) == "None", "nothing predicts"
-    assert told(admission(load(), predict=False), tpot_ms=1) == "None"
+    assert header(runs, tpot_ms=14.6) == "None", "a run keeps it"
+    assert header(runs, tpot_ms=14.5) == "best-effort; least-tpot-ms=14.6"
+    assert header(admission(), tpot_ms=1) == header(made, STALE_MS + 1, tpot_ms=1) == "None", "nothing predicts"
+    assert header(admission(load(), predict=False), tpot_ms=1) == "None"
     assert made.unreachable(demand(slo=None), 0) is None
 
 
