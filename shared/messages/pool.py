@@ -112,7 +112,7 @@ class Load(Message):
     """Recent time from a round's arrival to its batch; 0 when no round was sent lately."""
     pending: Count
     without_room: Count = 0
-    """Sessions that wait until the verifiers' KV caches have room for them; 0 from a scheduler of a version without."""
+    """Sessions that wait for room in the verifiers' KV caches; 0 from a scheduler of a version without it."""
     draft_cap: Count
     """Longest draft worth sending now."""
     mixed_arithmetic: bool = False

@@ -21,8 +21,8 @@ elapsed time, the queueing time, the prompt (tokens x prefill_ms) and one round.
 a policy by deadlines, only the backlog of the request's own class and of classes with the same or a higher `admit_to`.
 
 Only load refuses requests: a fleet without sessions accepts every request. An SLO that a verifier could not keep even
-for this session alone counts as none, since refusing it would refuse it for ever; `unreachable` tells the client. When
-the scheduler has been silent for `STALE_MS`, nothing is predicted and only the limits on sessions hold.
+for this session alone counts as none, or it would be refused for ever; `unreachable` returns its times. When the
+scheduler has been silent for `STALE_MS`, nothing is predicted and only the limits on sessions hold.
 
 `retry_after_s` is the time until the reason for the refusal is expected to be gone, in whole seconds from 1 to
 `LONGEST_RETRY_S`. With D, the mean duration of the recent completions of this gateway:

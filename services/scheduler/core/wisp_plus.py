@@ -47,8 +47,8 @@ class WispPlus(BatchPolicy):
 
     Prompts are taken by deadline. A prompt is urgent if, behind those with earlier deadlines, it cannot wait for the
     batch after this one. The next block of the first urgent one has its time and memory reserved before anything is
-    added, so that late rounds never keep prompts waiting. Rounds that are on time with this block in the batch stay on
-    time.
+    added, so that rounds keep no prompt waiting, except that of two which do not fit together the one with the earlier
+    deadline goes first (`_reserve_block`). Rounds that are on time with this block in the batch stay on time.
     """
 
     name = "wisp+"

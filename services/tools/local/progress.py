@@ -1,6 +1,6 @@
 """Progress of long steps: a spinner in a terminal, plain lines elsewhere, nothing by default.
 
-The time that has passed is always shown, so that a step which reports nothing is seen to go on.
+A step that takes long shows the time that has passed, so that one which reports nothing is seen to go on.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ const gauge = (value, text) => ({ parts: () => meter(value, text), key: text, cl
 
 function drawState() {
   const acceptance = state.verified ? percent(state.accepted / state.verified) : "–";
-  // What a scheduler said before it fell silent is no present figure.
+  // The figures of a silent scheduler are out of date.
   const scheduler = state.scheduler && state.scheduler.alive ? state.scheduler : null;
   drawCounters(by("fleet-counters"), [
     ["Tokens per second", state.tokens_per_s.toFixed(1), state.run_tokens_per_s ? `${state.run_tokens_per_s.toFixed(1)} in runs` : ""],
