@@ -32,6 +32,8 @@ STREAMS = 6
 TOKENS = 64
 LONGEST_GAP_S = 10.0
 """On a machine that has nothing else to do; `Streams.patience` says what the others add."""
+BATCH_MS = 10
+"""So that six streams leave the cores to a node that starts."""
 NODES = 3
 FROZEN = 1
 """The node that the schedulers and estimators prefer, so that it has the one consumer of the rounds."""
@@ -73,7 +75,10 @@ async def suite(brokers: Brokers, nodes: list[BrokerServer], tiny: Path) -> Asyn
         service: {"WISP_AMQP_URL": ",".join([*urls[first % NODES :], *urls[: first % NODES]])}
         for first, service in enumerate(services)
     }
-    env_of["verifier"]["WISP_PROFILE"] = "false"
+    env_of["verifier"] |= {
+        "WISP_PROFILE": "false",
+        "WISP_EMULATED_COST": json.dumps([BATCH_MS, 0, 0, 0, 0, 0, 0]),
+    }
     env = {
         "WISP_REPLICATED_QUEUES": "true",
         "WISP_THREADS": "1",

@@ -62,6 +62,7 @@ async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -
         # Drafts of a tiny model never pay; here they are sent all the same, wherever the text repeats itself.
         "WISP_STOP_RULE": "fixed",
         "WISP_DTYPE": "float32",
+        "WISP_THREADS": "1",
         "WISP_ADMISSION": "false",
     }
     async with Stack("test-replay", brokers=brokers, target=folder.path, env=env) as running:
@@ -326,7 +327,14 @@ async def test_injected_requests_get_the_same_texts(recorded: RecordedSuite, bro
         alone = await wisp(recorded.stack, *inject, *there, fails=True)
         assert "no drafter takes generate.pool" in alone
         env = {**recorded.stack.env, "WISP_AMQP_URL": url, "WISP_JOURNAL": "false", "WISP_POLICY": "fcfs"}
-        async with Stack("test-inject", brokers=brokers, target=recorded.stack.target, env=env, namespace=namespace):
+        async with Stack(
+            "test-inject",
+            brokers=brokers,
+            target=recorded.stack.target,
+            env=env,
+            env_of={"verifier": {"WISP_PROFILE": "false"}},
+            namespace=namespace,
+        ):
             report = json.loads(await wisp(recorded.stack, *inject, *there, "--speed", "3", "--json"))
     assert report["same"]
     assert report["requests"] == len(PROMPTS)
