@@ -123,6 +123,12 @@ def test_agreement_with_transformers_is_reported_and_fails_nothing() -> None:
     assert speed.agreements(RUN[:2]) == []
 
 
+def test_an_answer_with_the_stop_token_equals_a_completion_without_it() -> None:
+    stopped = timed(FAST, "none", 4.0, tokens=[5, 6], finish="stop")
+    engine = timed(FAST, "engine", 1.0, tokens=[5, 6, 2], agrees=2)
+    assert speed.agreements([stopped, engine]) == ["engine: the suite's completion in 1 of 1 compared answers"]
+
+
 def test_tables_have_a_value_for_each_column() -> None:
     for columns, rows in (speed.arms_table(RUN, [0.0, 1.0]), speed.kinds_table(RUN, "auto", [0.0, 1.0])):
         assert all(len(row) == len(columns) for row in rows)

@@ -240,12 +240,20 @@ def differences(timed: Iterable[TimedRequest]) -> list[str]:
 
 
 def agreements(timed: Iterable[TimedRequest]) -> list[str]:
-    """Return, for each other model, how many comparable answers equal the suite's completion."""
-    compared = [one for one in timed if one.agrees is not None]
+    """Return, for each other model, how many comparable answers equal the suite's completion.
+
+    The first request for a case is the suite's. Its completion lacks the stop token, which the others may have.
+    """
+    completions: dict[Case, int] = {}
+    compared = []
+    for one in timed:
+        completions.setdefault(one.case, len(one.tokens))
+        if one.agrees is not None:
+            compared.append(one)
     sentences = []
     for arm in dict.fromkeys(one.arm for one in compared):
         mine = [one for one in compared if one.arm == arm]
-        differing = sorted(one.agrees or 0 for one in mine if (one.agrees or 0) < len(one.tokens))
+        differing = sorted(one.agrees or 0 for one in mine if (one.agrees or 0) < completions[one.case])
         where = f"; the others differ after {differing[0]} to {differing[-1]} tokens" if differing else ""
         sentences.append(
             f"{arm}: the suite's completion in {len(mine) - len(differing)} of {len(mine)} compared answers{where}"
