@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from shared.errors import ModelError
 from shared.models.convert import OnProgress, convert_gguf
@@ -32,8 +32,6 @@ _MARKER = "wisp-model.json"
 _TRIED = ".wisp-tried"
 """Record of a successful trial of the folder: its fingerprint, and the versions of libraries."""
 _ROOT = str(Path(__file__).parents[2])
-# Increase it when the output of the conversion changes, so that older folders are converted again.
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class PackagedModel:
     file: str
     question: str
     answer: str
+    format: ClassVar[int] = 1
+    """Increased when the output of the conversion changes, so that older folders are converted again."""
 
     @property
     def identity(self) -> str:
@@ -68,6 +68,8 @@ class GgufSource:
     """A GGUF file of the user's."""
 
     path: Path
+    format: ClassVar[int] = 2
+    """As of a packaged model."""
 
     @property
     def identity(self) -> str:
@@ -241,7 +243,7 @@ def _is_current(folder: Path, origin: PackagedModel | GgufSource) -> bool:
 def _marker(folder: ModelFolder, origin: PackagedModel | GgufSource) -> dict[str, Any]:
     """Return the origin of a converted folder and the sizes of its weights."""
     weights = {file.name: file.stat().st_size for file in folder.weights}
-    return {"format": _FORMAT, "source": origin.identity, "weights": weights}
+    return {"format": origin.format, "source": origin.identity, "weights": weights}
 
 
 def _convert(origin: PackagedModel | GgufSource, folder: Path, progress: OnProgress) -> None:

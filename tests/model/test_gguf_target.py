@@ -131,6 +131,18 @@ def test_formats_have_fingerprints_of_their_own(folder: Path, tmp_path: Path) ->
     assert described.fingerprint("gguf") == model.fingerprint("gguf")
 
 
+def test_a_folder_of_an_earlier_version_is_converted_again(tmp_path: Path) -> None:
+    file = tiny_gguf.write(tmp_path / "model.gguf")
+    folder = prepare(file, tmp_path / "models")
+    marker = folder / "wisp-model.json"
+    written = json.loads(marker.read_text())
+    marker.write_text(json.dumps(written | {"format": 1}))
+    (folder / "generation_config.json").write_text("{}")
+    assert prepare(file, tmp_path / "models") == folder
+    assert json.loads(marker.read_text()) == written
+    assert ModelFolder(folder).eos_ids
+
+
 def test_only_a_folder_from_gguf_has_that_format(tmp_path: Path) -> None:
     folder = tiny.target(tmp_path)
     assert folder.dtypes == ("bfloat16", "float32", "int8")
