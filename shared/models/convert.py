@@ -104,7 +104,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _bfloat16(name: str, weight: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Return a tensor's values as bits of bfloat16. Raises ModelError for values that are not finite."""
     if not np.isfinite(weight).all():
-        raise ModelError(f"The tensor {name} holds values that are not finite. Install the package again.")
+        raise ModelError(
+            f"The tensor {name} holds values that are not finite. Download the file, or install its package, again."
+        )
     return nearest_bits(weight)
 
 

@@ -243,11 +243,14 @@ class _HeaderReader:
         if self._take(len(MAGIC)) != MAGIC:
             raise ValueError("it does not begin with the letters GGUF")
         if (version := self._number("I")) not in _VERSIONS:
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+                raise ValueError("its numbers are big-endian; only little-endian ones are read")
             raise ValueError(f"its version is {version}; 2 and 3 are known")
         tensors, fields = self._number("Q"), self._number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(fields):
-            key = self._string()
+            if (key := self._string()) in metadata:
+                raise ValueError(f"it has the metadata {key} twice")
             metadata[key] = self._value(key, self._number("I"))
         return metadata, [self._tensor() for _ in range(tensors)]
 

@@ -6,6 +6,7 @@ Two kinds of tokenizers: byte-level BPE ("gpt2"), whose pre-tokenizer GGUF only 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -82,6 +83,12 @@ def tokenizer_of(file: GgufFile) -> dict[str, Any]:
         )
     if not tokens:
         raise ModelError(f"{file.path} has an empty vocabulary (tokenizer.ggml.tokens). Download the file again.")
+    if len(set(tokens)) < len(tokens):
+        token, times = Counter(tokens).most_common(1)[0]
+        raise ModelError(
+            f"{file.path} has the token {token[:40]!r} {times} times (tokenizer.ggml.tokens). Download the file again, "
+            "or give the model's Hugging Face folder instead."
+        )
     return {
         "version": "1.0",
         "truncation": None,

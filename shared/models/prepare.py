@@ -259,6 +259,9 @@ def _convert(origin: PackagedModel | GgufSource, folder: Path, progress: OnProgr
         progress("checking", 0.0)
         converted = ModelFolder(partial)
         validate(converted)
+        # transformers may have a meaning for what a description lacks, but the conversion has made none of it.
+        if reason := not_described(converted):
+            raise ModelError(f"{source}: {reason}. Download the file again, or give the model's Hugging Face folder.")
         if isinstance(origin, PackagedModel):
             from shared.models.check import check_conversion
 
@@ -266,6 +269,8 @@ def _convert(origin: PackagedModel | GgufSource, folder: Path, progress: OnProgr
         progress("checking", 1.0)
         (partial / _MARKER).write_text(json.dumps(_marker(converted, origin)) + "\n")
         _replace(folder, partial)
+    except ModelError as error:  # names the file: the folder is removed
+        raise ModelError(str(error).replace(str(partial), str(source))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shared.kernels.formats import SCALE_BLOCK, Blocks
 from shared.kernels.gguf_blocks import blocks_of
 from shared.models.convert import convert_gguf
 from shared.models.gguf_file import GgufFile, is_gguf
+from shared.models.prepare import prepare
 
 
 def values(blocks: Blocks) -> np.ndarray:
@@ -85,6 +87,9 @@ def test_lengths_in_a_header_are_not_trusted(tmp_path: Path) -> None:
     (tmp_path / "changed.gguf").write_bytes(content[:4] + b"\x09" + content[5:])
     with pytest.raises(ModelError, match="version"):
         GgufFile(tmp_path / "changed.gguf")
+    (tmp_path / "changed.gguf").write_bytes(content[:4] + struct.pack(">I", 3) + content[8:])
+    with pytest.raises(ModelError, match="its numbers are big-endian"):
+        GgufFile(tmp_path / "changed.gguf")
 
 
 def test_a_gguf_file_is_recognized_by_its_name_or_its_beginning(tmp_path: Path) -> None:
@@ -121,6 +126,7 @@ TENSOR = string("t") + struct.pack("<I", 1)
         ([alignment(6, struct.pack("<f", 32.0))], [], "its general.alignment is 32.0"),
         ([alignment(7, b"\1")], [], "its general.alignment is True"),
         ([alignment(8, string("32"))], [], "its general.alignment is '32'"),
+        ([alignment(4, struct.pack("<I", 32))] * 2, [], "it has the metadata general.alignment twice"),
         ([NESTED], [], "the metadata deep has more than 8 arrays within each other"),
         ([string("odd") + struct.pack("<I", 77)], [], "the metadata odd has the unknown type 77"),
         ([], [TENSOR + struct.pack("<QIQ", 8, 99, 0)], "the tensor t has the unknown type 99"),
@@ -167,6 +173,7 @@ HEADS = "llama.attention.head_count"
         ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base is nan, not a positive number"),
         ("tokenizer.ggml.tokens", None, "has no metadata tokenizer.ggml.tokens"),
         ("tokenizer.ggml.tokens", 7, "tokenizer.ggml.tokens is 7, not an array of strings"),
+        ("tokenizer.ggml.tokens", ["x"] * tiny_gguf.VOCAB, "has the token 'x' 320 times"),
         ("tokenizer.ggml.token_type", "none", "tokenizer.ggml.token_type is 'none', not an array of integers"),
         ("tokenizer.ggml.merges", 1, "tokenizer.ggml.merges is 1, not an array of strings"),
         ("tokenizer.ggml.eos_token_id", 10**6, "eos_token_id is 1000000, and the vocabulary has 320 tokens"),
@@ -177,3 +184,31 @@ def test_metadata_that_a_llama_needs_is_checked(tmp_path: Path, key: str, value:
     path = tiny_gguf.write(tmp_path / "model.gguf", changes={key: value})
     with pytest.raises(ModelError, match=rf"model\.gguf.*{reason}"):
         convert_gguf(path, tmp_path, lambda doing, share: None)
+
+
+@pytest.mark.parametrize(
+    ("more", "fewer", "reason"),
+    [
+        ({"blk.0.attn_q.bias": 64}, None, "the unknown tensor model.layers.0.self_attn.q_proj.bias"),
+        ({"blk.1.attn_output.bias": 64}, None, "the unknown tensor model.layers.1.self_attn.o_proj.bias"),
+        ({"output_norm.bias": 64}, None, "the unknown tensor model.norm.bias"),
+        ({"blk.2.ffn_norm.weight": 64}, None, "the unknown tensor model.layers.2.post_attention_layernorm.weight"),
+        ({}, "output_norm.weight", "has no tensor model.norm.weight"),
+    ],
+)
+def test_tensors_that_no_pass_would_compute_are_refused_at_once(
+    tmp_path: Path, more: dict[str, int], fewer: str | None, reason: str
+) -> None:
+    weights = tiny_gguf.tensors() | {name: np.ones(size, np.float32) for name, size in more.items()}
+    weights.pop(fewer or "", None)
+    path = tiny_gguf.write(tmp_path / "odd.gguf", weights, lambda name: Kind.F32)
+    with pytest.raises(ModelError, match=rf"odd\.gguf: the folder has.*{re.escape(reason.removeprefix('has '))}"):
+        prepare(path, tmp_path / "models")
+    assert [each for each in (tmp_path / "models").iterdir() if each.is_dir()] == []
+
+
+def test_an_error_of_a_conversion_names_the_file(tmp_path: Path) -> None:
+    """The folder of a conversion that fails is removed."""
+    path = tiny_gguf.write(tmp_path / "odd.gguf", changes={"llama.embedding_length": 60})
+    with pytest.raises(ModelError, match=rf"^{re.escape(str(path))}: the tensor model\.embed_tokens\.weight"):
+        prepare(path, tmp_path / "models")
