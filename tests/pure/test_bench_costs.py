@@ -12,6 +12,7 @@ from services.tools.bench.load.core.crossover import (
     PLAIN,
     columns_and_rows,
     crossover,
+    median_ms_per_token,
     ms_per_token,
     verdicts,
 )
@@ -50,6 +51,13 @@ def test_streams_that_never_ran_together_count_with_their_own_time() -> None:
     assert ms_per_token([record((0.0, 1), (10.0, 1)), record((50.0, 1), (80.0, 1))]) == pytest.approx(20.0)
 
 
+def test_all_streams_together_gain_what_one_of_them_gains() -> None:
+    copied = record((0.0, 1), (40.0, 4), (80.0, 4))
+    others = [record((0.0, 1), (40.0, 1), (80.0, 1)) for _ in range(3)]
+    assert ms_per_token([copied, *others]) == pytest.approx(4 * 80 / (8 + 3 * 2))
+    assert median_ms_per_token([copied, *others]) == pytest.approx(40.0)
+
+
 def curves(plain: list[float], forced: list[float], allowed: list[float] | None = None) -> dict[str, dict[int, float]]:
     counts = [1, 2, 4, 8]
     lists = {ALLOWED: allowed or plain, PLAIN: plain, FORCED: forced}
@@ -67,11 +75,14 @@ def test_the_crossover_is_interpolated_where_plain_decoding_becomes_faster() -> 
 
 def test_allowed_drafts_are_compared_with_the_better_way() -> None:
     measured = curves([10, 10, 10, 10], [5, 8, 12.5, 20], allowed=[5, 8, 10.2, 11])
-    _, rows = columns_and_rows(measured)
-    assert [row[-1] for row in rows] == pytest.approx([1.0, 1.0, 1.02, 1.1])
-    assert "below 2.8 streams" in verdicts(measured)[0]
-    assert "missed (at most 1.10 times, with 8)" in verdicts(measured)[1]
-    assert "met" in verdicts(curves([10] * 4, [5, 8, 12, 20], allowed=[5, 8, 10, 10]))[1]
+    at_par = curves([10] * 4, [5, 8, 12, 20], allowed=[5, 8, 10, 10])
+    _, rows = columns_and_rows(measured, at_par)
+    assert [row[-2] for row in rows] == pytest.approx([1.0, 1.0, 1.02, 1.1])
+    assert [row[-1] for row in rows] == pytest.approx([1.0] * 4)
+    first, second = verdicts(measured, at_par)
+    assert "below 2.8 streams" in first
+    assert "all streams together: missed (at most 1.10 times, with 8); the median stream: met" in second
+    assert "the median stream: missed" in verdicts(at_par, measured)[1]
 
 
 def test_the_plot_marks_the_crossover(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from services.tools.bench.load.core.crossover import (
     WAYS,
     columns_and_rows,
     crossover,
+    median_ms_per_token,
     ms_per_token,
     verdicts,
 )
@@ -73,6 +74,8 @@ class CrossoverBench:
     ) -> None:
         """repeats: measurements of each way with each number of streams."""
         self.curves: dict[str, dict[int, float]] = {way: {} for way in WAYS}
+        self.medians: dict[str, dict[int, float]] = {way: {} for way in WAYS}
+        """Of the median stream."""
         self._asked = asked
         self._sessions = sessions
         self._repeats = repeats
@@ -101,15 +104,16 @@ class CrossoverBench:
                 requests = [self._asked.request(session, first_number(n, 0)) for session in range(n)]
                 with self._progress.step(f"{n} streams") as step:
                     await _ask_all(client, [one.model_copy(update={"max_tokens": 1}) for one in requests])
-                    measured: dict[str, list[float]] = {way: [] for way in ways}
+                    measured: dict[str, list[list[RequestRecord]]] = {way: [] for way in ways}
                     for repetition in range(self._repeats):
                         for way in ways if repetition % 2 == 0 else ways[::-1]:
                             step.detail(f"drafts {way}")
                             draft = PLAIN if way == PLAIN else ""
                             asked = [one.model_copy(update={"draft": draft}) for one in requests]
-                            measured[way].append(ms_per_token(await _ask_all(client, asked)))
+                            measured[way].append(await _ask_all(client, asked))
                     for way in ways:
-                        self.curves[way][n] = median(measured[way])
+                        self.curves[way][n] = median(map(ms_per_token, measured[way]))
+                        self.medians[way][n] = median(map(median_ms_per_token, measured[way]))
                     shown = ", ".join(f"{way} {self.curves[way][n]:.1f}" for way in ways)
                     step.done(f"{n} streams: {shown} ms a token")
 
@@ -118,11 +122,11 @@ class CrossoverBench:
         settings, asked = self._settings, self._asked.request(0, 0)
         facts = facts | {"model": settings.target.name, "dtype": settings.dtype, "tokens": asked.max_tokens}
         facts["repetitions"] = self._repeats
-        columns, rows = columns_and_rows(self.curves)
+        columns, rows = columns_and_rows(self.curves, self.medians)
         console.print(table("time per token by drafts", columns, rows))
         record = {
             "facts": facts,
-            "notes": verdicts(self.curves),
+            "notes": verdicts(self.curves, self.medians),
             "crossover": crossover(self.curves),
             "rows": records(columns, rows),
         }
