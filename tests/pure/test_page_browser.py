@@ -17,6 +17,7 @@ from gateway_peer import eventually
 from page_server import MadeUpFleet, PacedApp, served
 
 from services.gateway.app import create_app
+from services.gateway.core.admission import Unreachable
 from services.gateway.keys import new_key, render
 from shared.broker.incoming import Handler
 from shared.messages import Generate
@@ -130,6 +131,19 @@ async def test_copies_of_a_run_are_told_from_drafts(page: BrowserPage, app: Pace
         assert "1 of 1" in notes
         assert "2 tokens in runs, 1 copied" in notes
         assert about.startswith("a copy of earlier text")
+
+
+async def test_a_promise_that_cannot_be_kept_is_told_in_words(page: BrowserPage, app: PacedApp) -> None:
+    header = str(Unreachable(least_ttft_ms=941.8, least_tpot_ms=28.2))
+    async with served(app) as url:
+        await page.open(f"{url}/")
+        script = f"""import('/page/origin.js').then((origin) =>
+            [{json.dumps(header)}, "best-effort", null].map(origin.unkept))"""
+        assert await page.run(script) == [
+            "best effort: no verifier can keep this promise (shortest: 941.8 ms to the first token, 28.2 ms per token)",
+            "best effort: no verifier can keep this promise",
+            "",
+        ]
 
 
 async def test_pointing_at_a_token_shows_its_round(page: BrowserPage, app: PacedApp) -> None:
@@ -339,6 +353,26 @@ async def test_a_comparison_shows_a_loss_as_no_win(page: BrowserPage, folder: Mo
         await page.click("#compare-run")
         assert "times as slow with drafts" in await page.wait("document.querySelector('#verdict .bad').innerText")
         assert await page.text("#verdict .good") == "Identical: the same 19 tokens."
+    await app.http.aclose()
+
+
+async def test_a_comparison_leaves_out_the_time_to_the_first_token(page: BrowserPage, folder: ModelFolder) -> None:
+    """The first request computes the prompt; the second one finds it cached."""
+
+    class LongPrompt(PacedApp):
+        async def _answer(self, generate: Generate) -> None:
+            self.pause_s = 0.05 if generate.draft == "none" else 0.001
+            if generate.draft != "none":
+                await asyncio.sleep(2)
+            await super()._answer(generate)
+
+    app = LongPrompt(folder)
+    async with served(app) as url:
+        await page.open(f"{url}/#compare")
+        await page.wait("document.querySelector('#model').innerText === 'tiny'")
+        await page.click("#compare-run")
+        await page.wait("document.querySelector('#verdict .good') !== null")
+        assert "times as fast with drafts" in await page.text("#verdict")
     await app.http.aclose()
 
 

@@ -1,7 +1,7 @@
 // An answer on the page: tokens coloured by origin, the card about one of them, and the counters.
 
 import { announce, by, drawCounters, el, legend, perFrame, setText } from "./dom.js";
-import { SHORT, about, ms } from "./origin.js";
+import { SHORT, about, ms, tokens } from "./origin.js";
 
 const card = by("token-card");
 
@@ -112,7 +112,7 @@ function promise(value, limit) {
 }
 
 function inRuns(now) {
-  return now.runTokens ? `${now.runTokens} tokens in runs${now.copied ? `, ${now.copied} copied` : ""}` : "";
+  return now.runTokens ? `${tokens(now.runTokens)} in runs${now.copied ? `, ${now.copied} copied` : ""}` : "";
 }
 
 /** The counters of an answer. slo: as promised, before the gateway has said it. */
@@ -121,7 +121,7 @@ export function counterRows(record, slo = null) {
   const promised = now.slo || slo;
   const perToken = ["Per token", ms(now.tpotMs), ...promise(now.tpotMs, promised && promised.tpot_ms)];
   return [
-    ["Tokens per second", now.tokensPerS === null ? "–" : now.tokensPerS.toFixed(1), `${now.tokens} tokens`],
+    ["Tokens per second", now.tokensPerS === null ? "–" : now.tokensPerS.toFixed(1), tokens(now.tokens)],
     [
       "Drafts accepted",
       now.acceptance === null ? "–" : `${Math.round(100 * now.acceptance)} %`,
@@ -158,5 +158,5 @@ export function drawMix(bar, list, record) {
 export function spoken(record) {
   const now = record.counters(performance.now());
   const drafts = now.acceptance === null ? "no drafts" : `${Math.round(100 * now.acceptance)} percent of drafts accepted`;
-  return `Answer complete: ${now.tokens} tokens, ${drafts}. ${record.text}`;
+  return `Answer complete: ${tokens(now.tokens)}, ${drafts}. ${record.text}`;
 }

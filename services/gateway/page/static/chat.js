@@ -3,7 +3,7 @@
 import { AnswerView, drawAnswerCounters, drawMix, spoken } from "./answer.js";
 import { complete, hasKey } from "./api.js";
 import { announce, by, drawCounters, el, legend, perFrame, setText, tabs } from "./dom.js";
-import { AnswerRecord, LEGEND } from "./origin.js";
+import { AnswerRecord, LEGEND, tokens, unkept } from "./origin.js";
 import { curl, pythonCode } from "./snippets.js";
 
 const EXAMPLES = [
@@ -121,7 +121,7 @@ async function send(text) {
     const seed = response.headers.get("x-wisp-seed");
     if (record.summary && record.summary.slo) promised[tier] = record.summary.slo;
     view.drawNow(); // the answer is whole when its status says so
-    setText(status, [ended(record), seed ? `seed ${seed}` : ""].filter(Boolean).join(" · "));
+    setText(status, [ended(record), seed ? `seed ${seed}` : "", unkept(response.headers.get("x-wisp-slo"))].filter(Boolean).join(" · "));
     announce(spoken(record));
   } catch (error) {
     if (error.name === "AbortError") {
@@ -152,7 +152,7 @@ async function send(text) {
 function ended(record) {
   if (record.finish === "length") return "cut at the token limit";
   const summary = record.summary;
-  return summary ? `${summary.tokens} tokens in ${(summary.total_ms / 1000).toFixed(2)} s` : "complete";
+  return summary ? `${tokens(summary.tokens)} in ${(summary.total_ms / 1000).toFixed(2)} s` : "complete";
 }
 
 function busy(on) {

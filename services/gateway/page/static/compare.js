@@ -3,7 +3,7 @@
 import { AnswerView, drawAnswerCounters } from "./answer.js";
 import { complete } from "./api.js";
 import { announce, by, el, setText } from "./dom.js";
-import { AnswerRecord, difference, ms } from "./origin.js";
+import { AnswerRecord, difference, ms, tokens } from "./origin.js";
 
 /** Two times whose ratio is closer to 1 than this are called equal. */
 const EQUAL = 0.02;
@@ -47,7 +47,7 @@ async function ask(side, draft, seed, signal) {
   return record;
 }
 
-/** Name a gain or a loss, and its look. ratio: time of plain decoding to that with drafts. */
+/** Name a gain or a loss, and its look. ratio: time per token of plain decoding to that with drafts. */
 function speedup(ratio) {
   if (Math.abs(ratio - 1) < EQUAL) return ["about as fast", ""];
   return ratio > 1 ? [`${ratio.toFixed(2)} times as fast`, "good"] : [`${(1 / ratio).toFixed(2)} times as slow`, "bad"];
@@ -61,13 +61,16 @@ function verdict(drafted, plain) {
     setText(place, `Not identical: ${found}.`);
   } else {
     const [fast, slow] = [drafted.counters(0), plain.counters(0)];
-    const [speed, look] = speedup(slow.totalMs / fast.totalMs);
     place.className = "verdict";
-    place.replaceChildren(
-      el("span", { className: "good" }, `Identical: the same ${drafted.count} tokens.`),
-      ` With drafts ${ms(fast.totalMs)}, plain decoding ${ms(slow.totalMs)}: `,
-      el("span", { className: look }, `${speed} with drafts.`),
-    );
+    place.replaceChildren(el("span", { className: "good" }, `Identical: the same ${tokens(drafted.count)}.`));
+    if (fast.tpotMs !== null && slow.tpotMs !== null) {
+      const [speed, look] = speedup(slow.tpotMs / fast.tpotMs);
+      // The time to the first token does not count: the first request computes the prompt, the second has it cached.
+      place.append(
+        ` After the first token, with drafts ${ms(fast.tpotMs)} per token, plain decoding ${ms(slow.tpotMs)}: `,
+        el("span", { className: look }, `${speed} with drafts.`),
+      );
+    }
   }
   announce(place.textContent);
 }

@@ -2,7 +2,7 @@
 
 import { Problem, events, request } from "./api.js";
 import { by, drawCounters, el, perFrame, setText } from "./dom.js";
-import { ms } from "./origin.js";
+import { ms, tokens } from "./origin.js";
 import { Timeline } from "./timeline.js";
 
 const LATEST = 8;
@@ -261,10 +261,6 @@ function chooseBatch(batch) {
   );
   if (state) drawState();
   by("detail").scrollIntoView({ block: "nearest" });
-}
-
-function tokens(count) {
-  return count === 1 ? "1 token" : `${count} tokens`;
 }
 
 function work(job) {

@@ -199,6 +199,19 @@ export function ms(value) {
   return `${value >= 100 ? Math.round(value) : value >= 10 ? value.toFixed(0) : value.toFixed(1)} ms`;
 }
 
+export function tokens(count) {
+  return count === 1 ? "1 token" : `${count} tokens`;
+}
+
+/** The header x-wisp-slo in words: the promise that no verifier can keep, and the times that one can. Null gives "". */
+export function unkept(header) {
+  if (!header) return "";
+  const words = { "least-ttft-ms": "to the first token", "least-tpot-ms": "per token" };
+  const least = header.split("; ").map((part) => part.split("=")).filter(([name]) => name in words);
+  const times = least.map(([name, value]) => `${value} ms ${words[name]}`).join(", ");
+  return `best effort: no verifier can keep this promise${times ? ` (shortest: ${times})` : ""}`;
+}
+
 /** The first difference between two answers, for people; empty if they are the same. */
 export function difference(one, other) {
   const length = Math.max(one.tokens.length, other.tokens.length);
