@@ -26,7 +26,11 @@ def test_first_tokens_of_prompts_beside_runs_come_as_soon_as_elsewhere(sessions:
 
 
 def test_an_interactive_prompt_does_not_wait_behind_long_ones() -> None:
-    load = SimulatedLoad(12, long_share=0.3)
-    central, suite = (serving(load).run(20.0, 200.0).of(INTERACTIVE) for serving in (Centralized, Suite))
-    late = [sum(one.ttft_ms > INTERACTIVE.ttft_ms for one in served) / len(served) for served in (central, suite)]
+    """Over several loads: some 80 prompts of one differ by as much as the arms do."""
+    late = [0.0, 0.0]
+    for seed in range(4):
+        load = SimulatedLoad(12, seed=seed, long_share=0.3)
+        for arm, serving in enumerate((Centralized, Suite)):
+            served = serving(load).run(20.0, 200.0).of(INTERACTIVE)
+            late[arm] += sum(one.ttft_ms > INTERACTIVE.ttft_ms for one in served) / len(served)
     assert late[1] <= late[0]
