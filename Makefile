@@ -44,9 +44,11 @@ serve: setup ## run the suite in the foreground; Ctrl-C stops it (PORT=8000)
 ## Develop
 
 # Two workers take the groups of tests (tests/groups.py) in order: the longest come first. On two cores, three workers
-# take twice as long, and tests of timeouts fail.
-PARALLEL = -n 2 --no-loadscope-reorder
+# take twice as long for all tests, and tests of timeouts fail. Many fast tests only wait: there a third worker pays.
+WORKERS = 2
+PARALLEL = -n $(WORKERS) --no-loadscope-reorder
 
+test-fast: WORKERS = 3
 test-fast: setup ## run the tests that need no brokers and no default model
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not big_model and not slow" --hypothesis-profile fast \
 		tests/model $(if $(wildcard .wisp/tools/installed),tests/manifests) tests/pure $(ARGS)
