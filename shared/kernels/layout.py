@@ -22,7 +22,7 @@ class JobWord(IntEnum):
     """The first words of every job."""
 
     FUNCTION = 0
-    """What to do: a number of `FUNCTIONS`."""
+    """The function: a number of `FUNCTIONS`."""
     SEATS = auto()
     """Numbers given to threads."""
     ARRIVALS = auto()

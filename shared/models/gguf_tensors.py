@@ -51,7 +51,7 @@ class Architecture:
     interleaved: bool = False
     """True if the rows of q and k are in llama.cpp's order."""
     norm_offset: float = 0.0
-    """What the gains of norms exceed transformers' by."""
+    """Difference between the gains of norms in the file and transformers'."""
     factors: tuple[str, ...] = ()
     """Tensors that are no weights: factors of the rotary embedding."""
 
@@ -98,7 +98,7 @@ class ModelTensor:
     heads: int = 0
     """Number of heads of a q or k projection in llama.cpp's order; 0 for all others."""
     offset: float = 0.0
-    """What the file's values exceed transformers' by."""
+    """Difference between the file's values and transformers'."""
     first_row: int = 0
     """First of the rows that are meant, in transformers' order."""
     rows: int | None = None
