@@ -420,8 +420,9 @@ def recipe(*arguments: str) -> Iterator[Command]:
 
 @cache
 def made(*arguments: str) -> str:
-    """Output of `make` with these arguments."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    """Output of `make` with these arguments, without those of the `make` that runs the tests."""
+    outer = ("MAKE", "MFLAGS", "ARGS", "PORT")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     done = subprocess.run(
         ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
